@@ -1,0 +1,29 @@
+"""What the world does to us: storage that fails, leases that others hold, workers that die."""
+
+
+class StorageError(Exception):
+    """Object storage failed after the retries that make sense; what was committed is intact."""
+
+
+class ObjectMissing(StorageError):
+    """No object has this key."""
+
+
+class ObjectExists(StorageError):
+    """Create-if-absent found an object; nothing was written."""
+
+
+class StorageFull(StorageError):
+    """No space is left; free some and run the same command again."""
+
+
+class LeaseHeld(Exception):
+    """Someone else holds the lease; the message names the holder. Exit code 75."""
+
+
+class LeaseLost(Exception):
+    """Our lease was taken over; whatever we were about to publish must not be published."""
+
+
+class GangFailed(Exception):
+    """Training workers failed more often than the restart budget allows."""

@@ -1,0 +1,64 @@
+"""One bounded fan-out: run a function on many items as Ray tasks or local threads, results as they complete.
+
+Functions get names and ranges and return receipts; big bytes go through storage, never through Ray.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def fan_out_local(function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int) -> Iterator[Result]:
+    """Run on ``num_workers`` threads of this process, in order of completion; the first error cancels what waits."""
+    with concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="fan-out") as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def fan_out_ray(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    num_in_flight: int,
+    memory_bytes: Callable[[Item], int] = lambda item: 0,
+    should_cancel: Callable[[], bool] = lambda: False,
+) -> Iterator[Result]:
+    """Run each item as a Ray task of one CPU, spread over nodes, at most ``num_in_flight`` at once.
+
+    ``memory_bytes`` is admission control: Ray starts a task only where that much is free. Lost workers
+    are retried by Ray, errors of ours are not. ``should_cancel`` is asked between results; then what
+    is outstanding is cancelled and :class:`concurrent.futures.CancelledError` is raised.
+    """
+    import ray
+
+    # Ray sets OMP_NUM_THREADS to num_cpus in the task: two threads on busy cores collapse.
+    remote = ray.remote(_call).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)
+    waiting = list(items)
+    running: list[Any] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < num_in_flight:
+                item = waiting.pop(0)
+                running.append(remote.options(memory=memory_bytes(item) or None).remote(function, item))
+            done, running = ray.wait(running, num_returns=1, timeout=0.5)
+            for reference in done:
+                yield ray.get(reference)
+            if should_cancel():
+                raise concurrent.futures.CancelledError
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _call(function: Callable[[Any], Any], item: Any) -> Any:
+    return function(item)

@@ -1,0 +1,203 @@
+"""A lease lets one driver act on a run: an object with owner, token and expiry.
+
+Taken by create-if-absent, renewed by a thread, taken over by compare-and-swap once it expired or its
+holder on this machine is gone. Whoever publishes calls :meth:`Lease.check` (or, in a worker,
+:func:`check_token`) right before, and fails closed.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.errors import LeaseHeld, LeaseLost, ObjectExists, StorageError
+from cluster.storage import Store
+
+EXPIRY_SECONDS = 30.0
+RENEWAL_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseRecord:
+    """What the lease object holds."""
+
+    token: str
+    """Secret of this incarnation of the holder; changes with every take-over."""
+    owner: str
+    """``user@host pid N``, for people."""
+    machine: str
+    """Identity of the machine and process namespace that the pid belongs to."""
+    pid: int
+    """Process that holds the lease."""
+    process_started: float
+    """Start time of that process, so that a recycled pid is not mistaken for it."""
+    expires_at: float
+    """Unix seconds after which anyone may take over."""
+    released: bool = False
+    """Set by the holder when it is done."""
+
+    def encode(self) -> bytes:
+        """Canonical JSON, the unit of compare-and-swap."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+
+def lease_key(name: str) -> str:
+    """Key of the lease ``name`` below a run."""
+    return f"leases/{name}.json"
+
+
+@contextmanager
+def hold_lease(
+    store: Store, name: str, *, clock: Callable[[], float] = time.time, on_lost: Callable[[], None] = lambda: None
+) -> Iterator[Lease]:
+    """Hold the lease ``name`` for the length of the block; :class:`LeaseHeld` if another driver has it.
+
+    ``on_lost`` runs in the renewal thread once another driver has taken over.
+    """
+    lease = Lease(store, name, clock)
+    lease.acquire()
+    stop = threading.Event()
+    renewal = threading.Thread(target=lease.renew_until, args=(stop, on_lost), daemon=True, name=f"lease-{name}")
+    renewal.start()
+    try:
+        yield lease
+    finally:
+        stop.set()
+        renewal.join()
+        lease.release()
+
+
+class Lease:
+    """One incarnation's claim on a name."""
+
+    def __init__(self, store: Store, name: str, clock: Callable[[], float] = time.time) -> None:
+        self.store = store
+        self.name = name
+        self.clock = clock
+        self.token = secrets.token_hex(8)
+        self._held: bytes | None = None
+
+    def acquire(self) -> None:
+        """Take the lease, or raise :class:`LeaseHeld` naming the holder."""
+        mine = self._record().encode()
+        try:
+            self.store.create(lease_key(self.name), mine)
+        except ObjectExists:
+            current = self.store.read(lease_key(self.name))
+            held = read_record(current)
+            if not is_free(held, self.clock()):
+                raise LeaseHeld(self._describe(held)) from None
+            if not self.store.replace(lease_key(self.name), mine, current):
+                raise LeaseHeld(f"lease {self.name!r} of {self.store.url} was taken by another driver just now") from None
+        self._held = mine
+
+    def renew(self) -> None:
+        """Push the expiry out; :class:`LeaseLost` if someone took over."""
+        mine = self._record().encode()
+        if self._held is None or not self.store.replace(lease_key(self.name), mine, self._held):
+            raise LeaseLost(f"lease {self.name!r} of {self.store.url} was taken over by another driver")
+        self._held = mine
+
+    def check(self) -> None:
+        """Fail closed: :class:`LeaseLost` unless the stored token is ours and unexpired."""
+        check_token(self.store, self.name, self.token)
+
+    def release(self) -> None:
+        """Give the lease back; a lost one is left alone."""
+        if self._held is not None:
+            record = self._record(released=True)
+            self.store.replace(lease_key(self.name), record.encode(), self._held)
+            self._held = None
+
+    def renew_until(self, stop: threading.Event, on_lost: Callable[[], None]) -> None:
+        """Renew every :data:`RENEWAL_SECONDS` until ``stop``; storage errors are retried until the expiry passed."""
+        renewed_at = self.clock()
+        while not stop.wait(RENEWAL_SECONDS):
+            try:
+                self.renew()
+                renewed_at = self.clock()
+            except LeaseLost:
+                on_lost()
+                return
+            except StorageError:
+                if self.clock() - renewed_at > EXPIRY_SECONDS:
+                    on_lost()
+                    return
+
+    def _record(self, *, released: bool = False) -> LeaseRecord:
+        process = psutil.Process()
+        return LeaseRecord(
+            token=self.token,
+            owner=f"{getpass.getuser()}@{socket.gethostname()} pid {process.pid}",
+            machine=machine_identity(),
+            pid=process.pid,
+            process_started=process.create_time(),
+            expires_at=self.clock() + EXPIRY_SECONDS,
+            released=released,
+        )
+
+    def _describe(self, held: LeaseRecord) -> str:
+        left = held.expires_at - self.clock()
+        return (
+            f"{self.store.url} is being worked on by {held.owner} (lease {self.name!r}, "
+            f"expires in {left:.0f} s unless renewed); wait for it or stop it, then run the same command again"
+        )
+
+
+def check_token(store: Store, name: str, token: str) -> None:
+    """Raise :class:`LeaseLost` unless the lease ``name`` still carries ``token``."""
+    current = read_record(store.read(lease_key(name)))
+    if current.token != token or current.released:
+        raise LeaseLost(f"lease {name!r} of {store.url} now belongs to {current.owner}; nothing was published")
+
+
+def read_record(data: bytes) -> LeaseRecord:
+    """Parse a lease object."""
+    try:
+        return LeaseRecord(**json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"a lease object is damaged ({error}); remove it once no driver is running") from error
+
+
+def is_free(held: LeaseRecord, now: float) -> bool:
+    """Whether anyone may take the lease: released, expired, or held by a process of this machine that is gone."""
+    return held.released or now >= held.expires_at or (held.machine == machine_identity() and not _is_alive(held))
+
+
+def held_leases(store: Store, now: float) -> list[dict[str, object]]:
+    """Leases that are in force, for status: name, owner and seconds left."""
+    rows: list[dict[str, object]] = []
+    for key in store.keys("leases"):
+        data = store.read_if_present(key) if key.endswith(".json") else None
+        if data is not None and not is_free(held := read_record(data), now):
+            name = key.removeprefix("leases/").removesuffix(".json")
+            rows.append({"name": name, "owner": held.owner, "expires_in_seconds": round(held.expires_at - now, 1)})
+    return rows
+
+
+def machine_identity() -> str:
+    """Boot id and pid namespace: two processes with the same value can judge each other's pids."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return f"{socket.gethostname()}/{psutil.boot_time():.0f}"
+
+
+def _is_alive(held: LeaseRecord) -> bool:
+    try:
+        process = psutil.Process(held.pid)
+        return abs(process.create_time() - held.process_started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

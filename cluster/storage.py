@@ -1,0 +1,159 @@
+"""The one narrow seam to storage: objects under a URL, created, read by range and listed.
+
+Two implementations: :mod:`cluster.storage_local` for paths (durable, atomic on a POSIX file system)
+and :mod:`cluster.storage_fsspec` for every other scheme that can create-if-absent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from configs.errors import UserError
+
+CREATE_IF_ABSENT_SCHEMES = ("memory", "s3")
+
+
+class ObjectWriter(Protocol):
+    """Sequential writer of one object; nothing is visible before its context ends without an error."""
+
+    def write(self, data: bytes | memoryview) -> object:
+        """Append ``data``."""
+
+
+class Store(ABC):
+    """Objects under one root URL; keys are relative, with ``/`` between folders.
+
+    Every method raises :class:`cluster.errors.StorageError` or one of its kinds when storage fails.
+    """
+
+    url: str
+    """Root, without a trailing slash. A plain absolute path for local storage."""
+
+    def child(self, key: str) -> Store:
+        """The same storage, rooted at ``key``."""
+        return open_store(f"{self.url}/{key}")
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """Whole object; for small ones."""
+
+    @abstractmethod
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        """Bytes ``start`` (included) to ``end`` (excluded); fewer means the object is shorter: an error."""
+
+    @abstractmethod
+    def size(self, key: str) -> int:
+        """Bytes of the object; :class:`cluster.errors.ObjectMissing` if there is none."""
+
+    @abstractmethod
+    def version(self, key: str) -> str:
+        """Changes whenever the object's bytes are replaced: the ETag, or size and modification time."""
+
+    @abstractmethod
+    def keys(self, prefix: str = "") -> list[str]:
+        """Keys of all objects below the folder ``prefix``, sorted; empty if there is no such folder."""
+
+    @abstractmethod
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly below ``prefix``, sorted."""
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Write a whole object, replacing any; readers see the old bytes or the new, never a mix."""
+
+    @abstractmethod
+    def create(self, key: str, data: bytes) -> None:
+        """Write an object only if none exists, atomically; else :class:`cluster.errors.ObjectExists`."""
+
+    @abstractmethod
+    def create_stream(self, key: str) -> AbstractContextManager[ObjectWriter]:
+        """Stream an object that must not exist; it appears whole at the end, or not at all."""
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes, expected: bytes) -> bool:
+        """Compare-and-swap: write ``data`` only if the object holds ``expected``; whether it was written."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; a missing one is no error."""
+
+    def exists(self, key: str) -> bool:
+        """Whether the object exists."""
+        from cluster.errors import ObjectMissing
+
+        try:
+            self.size(key)
+        except ObjectMissing:
+            return False
+        return True
+
+    def read_if_present(self, key: str) -> bytes | None:
+        """Whole object, or None."""
+        from cluster.errors import ObjectMissing
+
+        try:
+            return self.read(key)
+        except ObjectMissing:
+            return None
+
+
+def open_store(url: str) -> Store:
+    """Storage at ``url``: a local path, ``file://``, ``s3://`` or ``memory://``.
+
+    Credentials come from the environment only; a URL that carries some is refused, so that none can
+    reach a manifest, a log or MLflow.
+    """
+    scheme = scheme_of(url)
+    if scheme == "file":
+        from cluster.storage_local import LocalStore
+
+        return LocalStore(local_path(url))
+    if scheme not in CREATE_IF_ABSENT_SCHEMES:
+        raise UserError(
+            f"storage scheme {scheme!r} is not supported: a commit needs create-if-absent. "
+            f"Use a path, file://, {' or '.join(f'{s}://' for s in CREATE_IF_ABSENT_SCHEMES)}"
+        )
+    from cluster.storage_fsspec import FsspecStore
+
+    return FsspecStore(url.rstrip("/"))
+
+
+def scheme_of(url: str) -> str:
+    """``file`` for paths; refuses URLs with credentials inside, without repeating them."""
+    if "://" not in url:
+        return "file"
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query:
+        raise UserError(
+            f"a {parts.scheme}:// URL with credentials or a query inside is refused; "
+            "put credentials into the environment (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        )
+    return parts.scheme
+
+
+def local_path(url: str) -> Path:
+    """Absolute path of a local URL."""
+    return Path(urlsplit(url).path if url.startswith("file://") else url).expanduser().absolute()
+
+
+def is_shared_with_workers(store: Store) -> bool:
+    """Whether other processes see this storage (``memory://`` lives in one process)."""
+    return not store.url.startswith("memory://")
+
+
+def open_object(url: str) -> tuple[Store, str]:
+    """Split an object's URL into the store of its folder and its key."""
+    folder, _, key = url.rstrip("/").rpartition("/")
+    return open_store(folder), key
+
+
+def list_text_files(url: str) -> Iterator[str]:
+    """URLs of the files that a path, folder or glob names, sorted, through fsspec."""
+    from cluster.storage_fsspec import expand
+
+    return expand(url)

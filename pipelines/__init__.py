@@ -1,0 +1,1 @@
+"""Stories: what each command does, from first to last, on one screen."""

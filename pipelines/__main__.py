@@ -1,0 +1,291 @@
+"""The command line. Commands import what they need when they run, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from pipelines.console import EXIT_USAGE, report_failure, run_command
+
+Command = Callable[..., Any]
+
+
+def common(function: Command) -> Command:
+    """Options that every command has."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
+    return click.option("--debug", is_flag=True, help="Show the traceback of a failure.")(function)
+
+
+def configured(function: Command) -> Command:
+    """Options of commands that start or continue a run from a configuration."""
+    function = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
+    return click.option("--run", "run_url", metavar="URL", help="Run folder; default runs/<config name>.")(function)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="pmaflow", prog_name="pma")
+def cli() -> None:
+    """Pre-training with model merging on Ray: train, snapshot, merge, anneal, compare, report."""
+
+
+@cli.command()
+@click.option("--config", "config_name", default="tiny", show_default=True, metavar="C", help="Configuration: a name or a .yaml path.")
+@configured
+@common
+def demo(config_name: str, run_url: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool) -> int:
+    """The whole story on the embedded default; ends with the report's path."""
+
+    def work() -> dict[str, Any]:
+        from configs.load import load_config
+        from pipelines.demo import demo as story
+
+        config = load_config(config_name, overrides).config
+        return story(run_url or f"runs/{config.name}", config)
+
+    return run_command(work, render_demo, as_json=as_json, debug=debug)
+
+
+@cli.command()
+@click.option("--config", "config_name", required=True, metavar="C", help="Configuration: a name or a .yaml path.")
+@configured
+@common
+def pretrain(config_name: str, run_url: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool) -> int:
+    """Train, snapshot, merge on schedule, evaluate; run it again to continue."""
+
+    def work() -> dict[str, Any]:
+        from configs.load import load_config
+        from pipelines.pretrain import pretrain as story
+
+        config = load_config(config_name, overrides).config
+        return story(run_url or f"runs/{config.name}", config)
+
+    return run_command(work, render_training, as_json=as_json, debug=debug)
+
+
+@cli.command()
+@click.option("--run", "run_url", required=True, metavar="URL", help="Run to branch from.")
+@click.option("--from", "from_step", required=True, type=int, metavar="STEP", help="Snapshot to fork from.")
+@click.option("--tokens", type=int, help="Token budget; default anneal.tokens of the run.")
+@common
+def anneal(run_url: str, from_step: int, tokens: int | None, as_json: bool, debug: bool) -> int:
+    """Train a branch from a snapshot with a decaying learning rate."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.anneal import anneal as story
+
+        return story(run_url, from_step, tokens=tokens)
+
+    return run_command(work, render_training, as_json=as_json, debug=debug)
+
+
+@cli.command()
+@click.option("--run", "run_url", metavar="URL", help="Merge the last snapshots of this run.")
+@click.option("--count", type=click.IntRange(min=1), help="Snapshots to merge (N).")
+@click.option("--interval-tokens", type=click.IntRange(min=1), help="Tokens between them (V); default as the run.")
+@click.option("--end", type=int, metavar="STEP", help="Step of the newest; default the last.")
+@click.option("--inputs", multiple=True, metavar="URL...", help="Checkpoints, oldest first; all URLs that follow.")
+@click.argument("more_inputs", nargs=-1, metavar="")
+@click.option("--output", metavar="URL", help="Folder of the result.")
+@click.option("--method", default="sma", show_default=True, help="sma, wma or ema.")
+@click.option("--alpha", type=float, help="For ema: weight of the newest, in (0, 1].")
+@click.option("--dtype", help="Output dtype, such as bfloat16; default the inputs' own.")
+@click.option("--workers", default="local", show_default=True, help="ray, local, or a number of local workers.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
+@common
+def merge(
+    run_url: str | None,
+    count: int | None,
+    interval_tokens: int | None,
+    end: int | None,
+    inputs: tuple[str, ...],
+    more_inputs: tuple[str, ...],
+    output: str | None,
+    method: str,
+    alpha: float | None,
+    dtype: str | None,
+    workers: str,
+    dry_run: bool,
+    as_json: bool,
+    debug: bool,
+) -> int:
+    """Merge checkpoints: of a run by rule, or any that are named."""
+
+    def work() -> dict[str, Any]:
+        from configs.errors import UserError
+        from pipelines.merge import MergeRequest
+        from pipelines.merge import merge as story
+
+        if more_inputs and not inputs:
+            raise UserError(f"unexpected argument {more_inputs[0]!r}; checkpoints go after --inputs")
+        request = MergeRequest(
+            run=run_url, inputs=(*inputs, *more_inputs), count=count, interval_tokens=interval_tokens, end=end,
+            output=output, method=method, alpha=alpha, dtype=dtype, workers=workers,
+        )  # fmt: skip
+        return story(request, dry_run=dry_run)
+
+    return run_command(work, render_merge, as_json=as_json, debug=debug)
+
+
+@cli.command()
+@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@click.option("--run", "run_url", metavar="URL", help="Run whose held-out text is used; default the run they lie in.")
+@common
+def evaluate(urls: tuple[str, ...], run_url: str | None, as_json: bool, debug: bool) -> int:
+    """Held-out loss of checkpoints."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.evaluate import evaluate as story
+
+        return story(urls, run_url)
+
+    return run_command(work, render_evaluation, as_json=as_json, debug=debug)
+
+
+@cli.command()
+@click.option("--run", "run_url", required=True, metavar="URL", help="Run folder.")
+@common
+def status(run_url: str, as_json: bool, debug: bool) -> int:
+    """Snapshots, merges done and due, segments, leases, tracking lag: from the run folder alone."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.status import status as story
+
+        return story(run_url)
+
+    return run_command(work, render_status, as_json=as_json, debug=debug)
+
+
+@cli.command()
+@click.option("--run", "run_url", required=True, metavar="URL", help="Run folder.")
+@common
+def report(run_url: str, as_json: bool, debug: bool) -> int:
+    """Write the self-contained report.html of a run."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.report.build import write_report
+
+        return {"run": run_url, "report": write_report(run_url)}
+
+    return run_command(work, lambda result: str(result["report"]), as_json=as_json, debug=debug)
+
+
+@cli.group()
+def config() -> None:
+    """Look at configurations."""
+
+
+@config.command("show")
+@click.argument("name", default="tiny")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@common
+def config_show(name: str, overrides: tuple[str, ...], as_json: bool, debug: bool) -> int:
+    """Every key, its value, and where the value came from."""
+
+    def work() -> dict[str, Any]:
+        from configs.load import config_to_dict, load_config
+
+        resolved = load_config(name, overrides)
+        return {"config": config_to_dict(resolved.config), "origins": resolved.origins}
+
+    return run_command(work, render_config, as_json=as_json, debug=debug)
+
+
+@config.command("list")
+@common
+def config_list(as_json: bool, debug: bool) -> int:
+    """Configurations that ship."""
+
+    def work() -> dict[str, Any]:
+        from configs.load import config_names
+
+        return {"configs": config_names()}
+
+    return run_command(work, lambda result: "\n".join(result["configs"]), as_json=as_json, debug=debug)
+
+
+def render_demo(result: dict[str, Any]) -> str:
+    """The demo's result for people."""
+    rows = [("raw snapshot", "raw_loss"), ("merged", "merged_loss"), ("annealed", "annealed_loss"), ("forecast", "forecast_loss")]
+    lines = ["held-out loss at the end, nats per byte"]
+    lines += [f"  {label:<13}{result[key]:.4f}" if result[key] is not None else f"  {label:<13}not measured" for label, key in rows]
+    return "\n".join([*lines, f"done in {result['seconds']:.0f} s", f"report: {result['report']}"])
+
+
+def render_training(result: dict[str, Any]) -> str:
+    """A training result for people."""
+    loss = f", loss {result['loss']:.4f}" if result["loss"] is not None else ""
+    return (
+        f"{result['run']}: step {result['final_step']:,}, {result['tokens_seen']:,} tokens{loss}, "
+        f"{len(result['segments'])} segment(s), {result['seconds']:.0f} s\nfinal snapshot: {result['final_snapshot']}"
+    )
+
+
+def render_merge(result: dict[str, Any]) -> str:
+    """A merge or its plan for people."""
+    lines = [f"{result['method']} of {len(result['inputs'])} checkpoints, {result['tasks']} tasks -> {result['output']}"]
+    for row in result.get("plan", []):
+        lines.append(
+            f"  task {row['task']}: reads {row['bytes_read']:,} B, writes {row['bytes_written']:,} B, "
+            f"needs {row['memory_bytes'] >> 20} MiB: {', '.join(row['parameter_groups'])}"
+        )
+    if result["digest"]:
+        lines.append(f"digest {result['digest']}")
+        lines.append(f"read {result['bytes_read']:,} B, wrote {result['bytes_written']:,} B in {result['seconds']:.2f} s")
+    return "\n".join(lines)
+
+
+def render_evaluation(result: dict[str, Any]) -> str:
+    """Held-out losses for people."""
+    return "\n".join(f"{row['loss']:.4f}  {row['url']}" for row in result["results"])
+
+
+def render_status(result: dict[str, Any]) -> str:
+    """A run's state for people."""
+    snapshots = result["snapshots"]
+    last = f"step {snapshots[-1]['step']:,} of {result['total_steps']:,}" if snapshots else "nothing committed yet"
+    lines = [f"{result['run']}: {last}", f"snapshots {len(snapshots)}, merged {len(result['merged'])}, merges due {len(result['due'])}"]
+    lines += [f"  {s['step']:>9,}  {s['phase'] or '':<7} {'healthy' if s['healthy'] else 'UNHEALTHY'}  " + (f"held-out {s['loss']:.4f}" if s["loss"] else "") for s in snapshots[-8:]]
+    lines += [f"segment {s['segment']}: {s['cause']}, from step {s['start']['step']:,}, {s['end']['reason'] if s['end'] else 'open'}" for s in result["segments"][-5:]]
+    lines += [f"lease {row['name']}: {row['owner']}, expires in {row['expires_in_seconds']} s" for row in result["leases"]]
+    lines += [f"branch {name}" for name in result["branches"]]
+    tracking = result["tracking"]
+    lines.append(f"tracking {tracking['uri'] or 'off'}: {tracking['lag']} item(s) behind{': ' + tracking['error'] if tracking['error'] else ''}")
+    return "\n".join(lines)
+
+
+def render_config(result: dict[str, Any]) -> str:
+    """A resolved configuration for people."""
+
+    def rows(values: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+        for key, value in values.items():
+            found += rows(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", json.dumps(value))]
+        return found
+
+    listed = rows(result["config"], "")
+    width = max(len(f"{key}={value}") for key, value in listed if len(value) < 40)
+    return "\n".join(f"{f'{key}={value}':<{width}}  # {result['origins'][key]}" for key, value in listed)
+
+
+def main() -> None:
+    """Entry point of ``pma`` and ``python -m pipelines``."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "")
+        sys.exit(EXIT_USAGE)
+    except click.ClickException as error:
+        hint = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
+        report_failure("UsageError", f"{hint}{error.format_message()} (see --help)", as_json="--json" in sys.argv)
+        sys.exit(EXIT_USAGE)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""One merge by hand: choose inputs, plan, execute on Ray or on local threads, publish."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.fan_out import fan_out_local, fan_out_ray
+from cluster.lease import Lease, hold_lease
+from cluster.session import ray_session
+from cluster.storage import is_shared_with_workers, open_store
+from configs.errors import UserError
+from tasks.checkpoints.reader import Checkpoint, open_checkpoint
+from tasks.checkpoints.run_folder import RunFolder
+from tasks.merging.merge import MergeReport, execute_merge, find_standing
+from tasks.merging.methods import build_weights
+from tasks.merging.plan import DTYPE_NAMES, MergePlan, MergeTask, plan_merge
+from tasks.merging.selection import WindowRule, select_window
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest:
+    """What ``pma merge`` was asked for."""
+
+    run: str | None
+    """Run to choose a window from; None when ``inputs`` are given."""
+    inputs: tuple[str, ...]
+    """Checkpoints, oldest first."""
+    count: int | None
+    """N, with ``run``."""
+    interval_tokens: int | None
+    """V, with ``run``; None means the run's own."""
+    end: int | None
+    """Step of the newest input, with ``run``."""
+    output: str | None
+    """Folder of the result; None means ``<run>/merged/<name>``."""
+    method: str
+    """Merge method."""
+    alpha: float | None
+    """For ``ema``."""
+    dtype: str | None
+    """Output dtype; None keeps the inputs'."""
+    workers: str
+    """``ray``, ``local``, or a number of local threads."""
+
+
+def merge(request: MergeRequest, *, dry_run: bool = False) -> dict[str, Any]:
+    """Plan and carry out one merge; returns the fields of ``pma merge --json``."""
+    plan = build_plan(request)
+    if dry_run:
+        find_standing(plan)
+        return describe_plan(plan)
+    with merge_lease(plan.output_url) as lease, task_runner(request.workers, plan) as run_tasks:
+        report = execute_merge(plan, run_tasks, lease.check)
+    return describe(plan, report)
+
+
+def build_plan(request: MergeRequest) -> MergePlan:
+    """The plan of ``request``; every mistake in it is found here, before any tensor data is read."""
+    if bool(request.run) == bool(request.inputs):
+        raise UserError("give either --run URL with --count N, or --inputs URL..., not both and not neither")
+    if request.dtype is not None and request.dtype not in DTYPE_NAMES:
+        raise UserError(f"--dtype {request.dtype!r} is not known; known: {', '.join(DTYPE_NAMES)}")
+    if request.method == "ema" and request.alpha is None:
+        raise UserError("--method ema needs --alpha in (0, 1]; the paper tries 0.1 and 0.2")
+    urls, output = _window(request) if request.run else (list(request.inputs), request.output)
+    if output is None:
+        raise UserError("--output URL is needed with --inputs")
+    inputs = [_open_input(url, output) for url in urls]
+    return plan_merge(
+        inputs,
+        build_weights(request.method, len(inputs), request.alpha),
+        output_url=open_store(output).url,
+        method=request.method,
+        alpha=request.alpha if request.method == "ema" else None,
+        dtype=request.dtype,
+    )
+
+
+def describe_plan(plan: MergePlan) -> dict[str, Any]:
+    """The plan without any work: what ``--dry-run`` prints."""
+    return {
+        "output": plan.output_url,
+        "digest": None,
+        "inputs": [
+            {"url": c.url, "digest": c.manifest.digest if c.manifest else None, "step": c.manifest.step if c.manifest else None}
+            for c in plan.inputs
+        ],
+        "method": plan.method,
+        "weights": list(plan.weights),
+        "tasks": len(plan.tasks),
+        "bytes_read": sum(task.bytes_read for task in plan.tasks),
+        "bytes_written": sum(task.bytes_written for task in plan.tasks),
+        "seconds": 0.0,
+        "peak_memory_bytes": max(task.memory_bytes for task in plan.tasks),
+        "plan": plan.rows(),
+    }
+
+
+def describe(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
+    """What was done."""
+    standing = report.manifest.merge
+    assert standing is not None
+    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "output": plan.output_url,
+        "digest": report.manifest.digest,
+        "inputs": [{"url": item.url, "digest": item.digest, "step": item.step} for item in standing.inputs],
+        "method": standing.method,
+        "weights": list(standing.weights),
+        "tasks": len(plan.tasks),
+        "tasks_reused": report.tasks_reused,
+        "bytes_read": report.bytes_read,
+        "bytes_written": report.bytes_written,
+        "seconds": round(report.seconds, 3),
+        "peak_memory_bytes": report.peak_memory_bytes or own_peak,
+    }
+
+
+@contextmanager
+def merge_lease(output_url: str) -> Iterator[Lease]:
+    """The lease of one merge: in the run's ``leases`` folder for ``<run>/merged/<name>``, else in the output folder."""
+    folder, _, name = output_url.rpartition("/")
+    in_run = folder.endswith("/merged") and open_store(folder.removesuffix("/merged")).exists("run.json")
+    store = open_store(folder.removesuffix("/merged")) if in_run else open_store(output_url)
+    with hold_lease(store, f"merge-{name}" if in_run else "merge") as lease:
+        yield lease
+
+
+@contextmanager
+def task_runner(workers: str, plan: MergePlan) -> Iterator[Callable[..., Any]]:
+    """How tasks are carried out: ``ray``, ``local`` (a thread per CPU) or a number of threads."""
+    if workers == "ray":
+        if not all(is_shared_with_workers(open_store(url)) for url in (plan.output_url, *(c.url for c in plan.inputs))):
+            raise UserError("--workers ray cannot see memory:// storage; use --workers local")
+        slots = os.cpu_count() or 1
+        with ray_session(None, slots):
+            yield lambda function, tasks: fan_out_ray(
+                function, tasks, num_in_flight=4 * slots, memory_bytes=_memory_bytes
+            )
+        return
+    if workers != "local" and not (workers.isdigit() and int(workers) > 0):
+        raise UserError(f"--workers {workers!r}: expected ray, local or a number of workers")
+    threads = (os.cpu_count() or 1) if workers == "local" else int(workers)
+    yield lambda function, tasks: fan_out_local(function, tasks, num_workers=threads)
+
+
+def _memory_bytes(task: MergeTask) -> int:
+    return task.memory_bytes
+
+
+def _window(request: MergeRequest) -> tuple[list[str], str]:
+    run = RunFolder(str(request.run))
+    config = run.identity().config
+    rule = WindowRule(
+        method=request.method,
+        count=request.count or config.merge.count,
+        interval_tokens=request.interval_tokens or config.merge_interval_tokens,
+        alpha=request.alpha,
+    )
+    window = select_window(run.snapshots(), rule, request.end)
+    output = request.output or f"{run.url}/merged/{rule.output_name(window[-1].step)}"
+    return [snapshot.url for snapshot in window], output
+
+
+def _open_input(url: str, output: str) -> Checkpoint:
+    checkpoint = open_checkpoint(url)
+    if checkpoint.url == open_store(output).url:
+        raise UserError(f"{url} is both an input and the output")
+    return checkpoint

@@ -1,0 +1,192 @@
+"""Pre-training as a story: train, snapshot, merge and evaluate beside it, until all tokens are seen."""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from cluster.errors import GangFailed, LeaseLost, StorageError
+from cluster.gang import WorkerLost, run_gang
+from cluster.journal import write_event
+from cluster.lease import Lease, hold_lease
+from cluster.session import ray_session
+from cluster.storage import is_shared_with_workers
+from configs.errors import UserError
+from configs.load import config_to_dict
+from configs.schema import Config
+from pipelines.beside import Beside, scheduled_rule, unevaluated
+from pipelines.progress import Progress
+from pipelines.timing import timed
+from pipelines.tracking import TrackingThread
+from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, StartPoint
+from tasks.data.corpus import read_corpus
+from tasks.merging.selection import due_windows
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(run_url: str, config: Config) -> dict[str, Any]:
+    """Train the run at ``run_url`` to its end; the same call again continues wherever it stood.
+
+    Returns the fields of ``pma pretrain --json``.
+    """
+    started = time.perf_counter()
+    continue_run(prepare_run(run_url, config), config)
+    return summarise(RunFolder(run_url), seconds=time.perf_counter() - started)
+
+
+def prepare_run(run_url: str, config: Config) -> RunFolder:
+    """Find the user's mistakes before any worker starts, and create the run or check that it is the same."""
+    run = RunFolder(run_url)
+    require_workable(run, config)
+    run.begin(config)
+    return run
+
+
+def continue_run(run: RunFolder, config: Config) -> None:
+    """Do what the run still lacks: training, merges, evaluations, tracking."""
+    with hold_run(run) as lease, TrackingThread(run, config) as tracking:
+        if has_work_left(run, config):
+            with working_session(run, config), Beside(run, config, lease) as beside:
+                train_to_end(run, config, lease, beside, label=config.name)
+                with timed(run.store, "merges and evaluations after training", "evidence"):
+                    beside.finish()
+        register_newest(run, config, tracking)
+        tracking.finish()
+
+
+@contextmanager
+def working_session(run: RunFolder, config: Config) -> Iterator[None]:
+    """A Ray session for the run's workers, its start accounted as orchestration."""
+    with ExitStack() as stack:
+        with timed(run.store, "Ray start", "orchestration"):
+            stack.enter_context(ray_session(config.cluster.address, num_cpus(config)))
+        yield
+
+
+def train_to_end(run: RunFolder, config: Config, lease: Lease, beside: Beside, *, label: str) -> None:
+    """Run gangs until the last step is committed; a gang that loses a worker is started again from the newest snapshot."""
+    if is_trained(run, config):
+        return
+    with Progress(run, config, label, lambda: list(beside.activity.values())), timed(run.store, f"training {label}", "training"):
+        for attempt in range(config.training.max_restarts + 1):
+            task = _segment_task(run, config, lease, cause="worker lost" if attempt else "resume" if run.snapshots() else "start")
+            try:
+                run_gang(_train_segment, task, num_workers=config.training.num_workers, name=f"{config.name}-{attempt}")
+                return
+            except WorkerLost as lost:
+                lease.check()
+                _raise_if_final(lost)
+                write_event(run.store, "worker-lost", {"attempt": attempt, "message": str(lost)[:2000]})
+                logger.warning("a worker was lost (%s); continuing from the newest snapshot", first_line(lost.root))
+    raise GangFailed(
+        f"workers failed {config.training.max_restarts + 1} times (training.max_restarts={config.training.max_restarts}); "
+        "the committed snapshots are intact: mend the cause and run the same command again"
+    )
+
+
+def hold_run(run: RunFolder) -> AbstractContextManager[Lease]:
+    """The lease that lets one driver act on a run; losing it interrupts this process."""
+
+    def interrupt() -> None:
+        logger.error("the lease of %s was lost to another driver; stopping", run.url)
+        _thread.interrupt_main()
+
+    return hold_lease(run.store, RUN_LEASE, on_lost=interrupt)
+
+
+def require_workable(run: RunFolder, config: Config) -> None:
+    """Find the user's mistakes before anything starts: storage that workers cannot see, a corpus without text."""
+    if not is_shared_with_workers(run.store):
+        raise UserError(f"{run.url}: memory:// is seen by one process only; training needs a path or s3://")
+    for side in ("train", "held_out"):
+        read_corpus(config.data, "train" if side == "train" else "held_out")
+
+
+def is_trained(run: RunFolder, config: Config) -> bool:
+    """Whether the run's last step is committed."""
+    snapshots = run.snapshots()
+    return bool(snapshots) and snapshots[-1].step >= config.training.total_steps
+
+
+def has_work_left(run: RunFolder, config: Config) -> bool:
+    """Whether training, a merge or an evaluation is due."""
+    due = due_windows(run.snapshots(), scheduled_rule(config), set(run.merged()))
+    return not is_trained(run, config) or bool(due) or bool(unevaluated(run, config))
+
+
+def num_cpus(config: Config) -> int:
+    """Logical CPUs of a local Ray: one per training worker, and those that merges hold beside it."""
+    return config.training.num_workers + config.merge.num_workers
+
+
+def register_newest(run: RunFolder, config: Config, tracking: TrackingThread) -> None:
+    """Point the registered model's alias at the newest scheduled merge."""
+    snapshots = run.snapshots()
+    name = scheduled_rule(config).output_name(snapshots[-1].step) if snapshots else ""
+    manifest = run.merged().get(name)
+    if manifest is not None:
+        tracking.register(f"{run.url}/merged/{name}", manifest)
+
+
+def summarise(run: RunFolder, *, seconds: float) -> dict[str, Any]:
+    """The fields of ``pma pretrain --json``, from committed manifests alone."""
+    last = run.snapshots()[-1]
+    return {
+        "run": run.url,
+        "final_step": last.step,
+        "tokens_seen": last.manifest.tokens_seen,
+        "final_snapshot": last.url,
+        "digest": last.manifest.digest,
+        "loss": last.manifest.loss.mean if last.manifest.loss else None,
+        "segments": run.segments(),
+        "seconds": round(seconds, 3),
+    }
+
+
+def start_point(run: RunFolder, step: int) -> StartPoint:
+    """The snapshot at ``step`` as a start for another run."""
+    from tasks.merging.selection import describe_steps
+
+    snapshots = run.snapshots()
+    chosen = next((s for s in snapshots if s.step == step), None)
+    if chosen is None:
+        raise UserError(f"{run.url} has no snapshot at step {step}; there are {describe_steps(snapshots)}")
+    assert chosen.manifest.tokens_seen is not None
+    return StartPoint(
+        url=chosen.url, digest=chosen.manifest.digest, step=step, tokens_seen=chosen.manifest.tokens_seen
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The last line of an error's text, which is where Ray puts the cause."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(error).__name__
+
+
+def _segment_task(run: RunFolder, config: Config, lease: Lease, *, cause: str) -> Any:
+    from tasks.training.worker import SegmentTask
+
+    return SegmentTask(run_url=run.url, config=config_to_dict(config), lease_token=lease.token, cause=cause, launched=time.time())
+
+
+def _train_segment(task: Any) -> dict[str, Any]:
+    # Imported in the worker: the driver itself never needs torch.
+    from tasks.training.worker import train_segment
+
+    return train_segment(task)
+
+
+def _raise_if_final(lost: WorkerLost) -> None:
+    """Raise the cause of a lost worker if starting again cannot help: storage, the user's mistake, a lost lease."""
+    error: BaseException | None = lost.root
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, (StorageError, UserError, LeaseLost)):
+            raise error from lost
+        seen.add(id(error))
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__

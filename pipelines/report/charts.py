@@ -1,0 +1,146 @@
+"""Charts as inline SVG: legible in print, in grey, and for colour-blind readers.
+
+Colours are Okabe and Ito's; every series also differs by marker or dash.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("svg")
+
+from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from pipelines.report.data import Evaluated, ReportData  # noqa: E402
+
+RAW, MERGED, ANNEALED, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+LAYERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", ":")
+STYLE = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "pmaflow",
+    "legend.frameon": False,
+}
+
+
+def held_out_chart(data: ReportData) -> str:
+    """Held-out loss over tokens: raw, merged and annealed; the second panel enlarges the end."""
+    with pyplot.rc_context(STYLE):
+        figure, (whole, end) = pyplot.subplots(1, 2, figsize=(10, 3.9), width_ratios=(1, 1.25))
+        for axes in (whole, end):
+            _plot_losses(axes, data)
+        end.legend(loc="upper right")
+        _zoom(end, data)
+        whole.set_title("Whole run", loc="left", fontsize=10)
+        end.set_title("From shortly before the fork", loc="left", fontsize=10)
+        whole.set_ylabel("held-out loss (nats per byte)")
+        return _svg(figure)
+
+
+def training_chart(data: ReportData) -> str:
+    """Training loss, learning rate and gradient norm over tokens, trunk and branches."""
+    with pyplot.rc_context(STYLE):
+        figure, panels = pyplot.subplots(1, 3, figsize=(10, 3.0))
+        series = [("trunk", data.journal, RAW, "-")]
+        series += [(name.replace("anneal-from-step-", "anneal ").replace("-", " "), rows, ANNEALED, "--") for name, rows in data.branch_journals.items()]
+        for axes, metric, title in zip(
+            panels,
+            ("train/loss", "train/learning_rate", "train/gradient_norm"),
+            ("Training loss", "Learning rate", "Gradient norm before clipping"),
+            strict=True,
+        ):
+            for label, rows, colour, dash in series:
+                points = [(m.tokens / 1e6, m.metrics[metric]) for m in rows if metric in m.metrics]
+                if points:
+                    x, y = zip(*_bin_means(points), strict=True)
+                    axes.plot(x, y, dash, color=colour, linewidth=1.3, label=label)
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_xlabel("tokens seen (millions)")
+        panels[0].legend(loc="upper right")
+        return _svg(figure)
+
+
+def router_chart(data: ReportData) -> str:
+    """Load entropy and busiest expert per layer; empty text for dense models."""
+    layers = sorted({int(m.group(1)) for row in data.journal for key in row.metrics if (m := re.match(r"router/layer_(\d+)/", key))})
+    if not layers:
+        return ""
+    with pyplot.rc_context(STYLE):
+        figure, panels = pyplot.subplots(1, 3, figsize=(10, 2.8))
+        titles = {
+            "load_entropy": "Load entropy (1 = balanced)",
+            "load_max_ratio": "Busiest expert / mean load",
+            "dead_experts": "Experts below 1 % of an even share",
+        }
+        for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+            for layer in layers:
+                key = f"router/layer_{layer}/{metric}"
+                points = _bin_means([(m.tokens / 1e6, m.metrics[key]) for m in data.journal if key in m.metrics])
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, DASHES[layer % len(DASHES)], color=LAYERS[layer % len(LAYERS)], linewidth=1.3, label=f"layer {layer}")
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_xlabel("tokens seen (millions)")
+        panels[2].set_ylim(bottom=-0.05)
+        if len(layers) <= 8:
+            panels[0].legend(loc="lower right")
+        return _svg(figure)
+
+
+def _plot_losses(axes: Axes, data: ReportData) -> None:
+    _plot(axes, data.raw, RAW, "-", "o", "raw snapshots")
+    rule = f"{data.config.merge.method.upper()} of {data.config.merge.count}"
+    _plot(axes, data.merged, MERGED, "--", "s", f"merged ({rule}), constant learning rate")
+    for name, rows in data.branches.items():
+        fork = data.fork_tokens.get(name, 0) / 1e6
+        _plot(axes, rows, ANNEALED, "-.", "^", "annealing branch")
+        axes.axvline(fork, color=GREY, linewidth=0.8, linestyle=":")
+        axes.annotate("fork", (fork, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=GREY, ha="right", rotation=90)
+    axes.set_xlabel("tokens seen (millions)")
+
+
+def _plot(axes: Axes, rows: Sequence[Evaluated], colour: str, dash: str, marker: str, label: str) -> None:
+    if rows:
+        every = max(1, len(rows) // 20)
+        x = [row.tokens / 1e6 for row in rows]
+        y = [row.evaluation.loss for row in rows]
+        axes.plot(x, y, dash, color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.4, label=label)
+
+
+def _zoom(axes: Axes, data: ReportData) -> None:
+    total = max((row.tokens for row in data.raw), default=1)
+    start = 0.93 * min(data.fork_tokens.values(), default=int(0.6 * total))
+    rows = [*data.raw, *data.merged, *(row for rows in data.branches.values() for row in rows)]
+    shown = [row.evaluation.loss for row in rows if row.tokens >= start]
+    if shown:
+        margin = 0.08 * (max(shown) - min(shown)) + 1e-3
+        axes.set_xlim(start / 1e6, 1.01 * total / 1e6)
+        axes.set_ylim(min(shown) - margin, max(shown) + 3 * margin)
+
+
+def _bin_means(points: list[tuple[float, float]], bins: int = 250) -> list[tuple[float, float]]:
+    """Means of at most ``bins`` equal stretches, so that thousands of steps stay a readable line."""
+    size = max(1, -(-len(points) // bins))
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,1 @@
+"""What one worker does: checkpoints, data, training, merging and evaluation."""

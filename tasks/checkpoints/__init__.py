@@ -1,0 +1,1 @@
+"""Checkpoints: manifests, the disk layout of tensors, and how both are written and read."""

@@ -1,0 +1,119 @@
+"""Read a checkpoint: ours by its manifest, a plain Hugging Face folder by its headers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from cluster.errors import ObjectMissing
+from cluster.storage import Store, open_store
+from configs.errors import UserError
+from tasks.checkpoints.manifest import INDEX_KEY, MANIFEST_KEY, Manifest, parse_manifest
+from tasks.checkpoints.digest import digest_bytes
+from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry, read_header
+
+SINGLE_FILE_KEY = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlace:
+    """Where a tensor's bytes lie."""
+
+    key: str
+    """Object below the checkpoint's folder."""
+    entry: TensorEntry
+    """Dtype, shape and byte range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A readable checkpoint: places of its tensors, and its manifest if it has one."""
+
+    store: Store
+    """Its folder."""
+    model: dict[str, TensorPlace]
+    """Weights by name."""
+    state: dict[str, TensorPlace]
+    """Training-state tensors by name; empty for plain folders."""
+    num_files: int
+    """Model shards."""
+    manifest: Manifest | None
+    """None for a plain folder."""
+    manifest_digest: str | None
+    """BLAKE3 of the manifest's bytes."""
+
+    @property
+    def url(self) -> str:
+        """URL of the folder."""
+        return self.store.url
+
+
+def open_checkpoint(url: str) -> Checkpoint:
+    """Open the checkpoint at ``url``: one of ours, or a plain Hugging Face safetensors folder.
+
+    Reads the manifest or the headers, no tensor data. Raises :class:`configs.errors.UserError` if there is no
+    checkpoint, :class:`CheckpointError` if it is damaged.
+    """
+    store = open_store(url)
+    data = store.read_if_present(MANIFEST_KEY)
+    if data is None:
+        return _open_plain(store)
+    manifest = parse_manifest(data, f"{store.url}/{MANIFEST_KEY}")
+    model: dict[str, TensorPlace] = {}
+    state: dict[str, TensorPlace] = {}
+    for shard in manifest.shards:
+        _require_inside(store, shard.key)
+        target = model if shard.part == "model" else state
+        for entry in shard.tensors:
+            target[entry.name] = TensorPlace(key=shard.key, entry=entry)
+    return Checkpoint(
+        store=store,
+        model=model,
+        state=state,
+        num_files=sum(shard.part == "model" for shard in manifest.shards),
+        manifest=manifest,
+        manifest_digest=digest_bytes(data),
+    )
+
+
+def _open_plain(store: Store) -> Checkpoint:
+    index = store.read_if_present(INDEX_KEY)
+    weight_map = _parse_weight_map(store, index) if index is not None else None
+    keys = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE_KEY]
+    places: dict[str, TensorPlace] = {}
+    for key in keys:
+        try:
+            entries = read_header(store, key)
+        except ObjectMissing:
+            if weight_map is None:
+                raise UserError(
+                    f"{store.url}: no checkpoint here (no {MANIFEST_KEY}, {INDEX_KEY} or {SINGLE_FILE_KEY})"
+                ) from None
+            raise CheckpointError(f"{store.url}: the index names {key!r}, which does not exist") from None
+        for entry in entries:
+            if weight_map is not None and weight_map.get(entry.name) != key:
+                raise CheckpointError(f"{store.url}/{key}: tensor {entry.name!r} is in the file but not in the index")
+            places[entry.name] = TensorPlace(key=key, entry=entry)
+    if missing := sorted(set(weight_map or {}) - places.keys()):
+        raise CheckpointError(f"{store.url}: the index names tensors that no file holds: {', '.join(missing[:10])}")
+    return Checkpoint(
+        store=store, model=places, state={}, num_files=len(keys), manifest=None, manifest_digest=None
+    )
+
+
+def _parse_weight_map(store: Store, index: bytes) -> dict[str, str]:
+    url = f"{store.url}/{INDEX_KEY}"
+    try:
+        weight_map = json.loads(index)["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(key, str) for key in weight_map.values()):
+            raise TypeError("weight_map must map names to file names")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{url}: not a safetensors index: {error}") from error
+    for key in set(weight_map.values()):
+        _require_inside(store, key)
+    return weight_map
+
+
+def _require_inside(store: Store, key: str) -> None:
+    if key.startswith("/") or ".." in key.split("/") or not key:
+        raise CheckpointError(f"{store.url}: file name {key!r} leaves the checkpoint's folder")

@@ -1,0 +1,196 @@
+"""A run as its URL shows it: identity, snapshots, merged checkpoints, segments, branches.
+
+Committed manifests never change, so one that was read is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import uuid
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from cluster.errors import ObjectExists, ObjectMissing
+from cluster.storage import Store, open_store
+from configs.errors import UserError
+from configs.load import config_from_dict, config_to_dict, identity_of
+from configs.schema import Config
+from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest, parse_manifest
+
+RUN_KEY = "run.json"
+RUN_LEASE = "run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartPoint:
+    """Where a run begins if not from fresh weights: a full checkpoint of another run."""
+
+    url: str
+    """Snapshot's URL."""
+    digest: str
+    """Its content digest."""
+    step: int
+    """Its step; the new run counts on from there."""
+    tokens_seen: int
+    """Its tokens seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What ``run.json`` says."""
+
+    run_id: str
+    """Random, constant through resumes."""
+    config: Config
+    """As resolved when the run began."""
+    start: StartPoint | None
+    """Where it was forked from; None for fresh weights."""
+    code_version: str
+    """pmaflow that began it."""
+    created: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A committed snapshot of a run."""
+
+    step: int
+    """Completed optimizer steps."""
+    url: str
+    """Folder."""
+    manifest: Manifest
+    """What it holds."""
+
+
+class RunFolder:
+    """Reads of one run URL; the only writes are identity and segments."""
+
+    def __init__(self, url: str) -> None:
+        self.store = open_store(url)
+        self._manifests: dict[str, Manifest] = {}
+
+    @property
+    def url(self) -> str:
+        """The run URL, as other tools can open it."""
+        return self.store.url
+
+    def identity(self) -> RunIdentity:
+        """Identity of the run; :class:`configs.errors.UserError` if there is no run here."""
+        data = self.store.read_if_present(RUN_KEY)
+        if data is None:
+            raise UserError(f"{self.url} holds no run (no {RUN_KEY}); check --run")
+        values = json.loads(data)
+        start = values["start"]
+        return RunIdentity(
+            run_id=values["run_id"],
+            config=config_from_dict(values["config"]),
+            start=StartPoint(**start) if start else None,
+            code_version=values["code_version"],
+            created=values["created"],
+        )
+
+    def begin(self, config: Config, start: StartPoint | None = None) -> RunIdentity:
+        """Create the run, or check that the run that is here has the same configuration and start.
+
+        Raises :class:`configs.errors.UserError` with a field-by-field difference otherwise.
+        """
+        values = {
+            "format_version": 1,
+            "run_id": uuid.uuid4().hex,
+            "name": config.name,
+            "config": config_to_dict(config),
+            "start": dataclasses.asdict(start) if start else None,
+            "code_version": code_version(),
+            "created": time.time(),
+        }
+        try:
+            self.store.create(RUN_KEY, json.dumps(values, indent=1).encode())
+        except ObjectExists:
+            _require_same(self.identity(), config, start, self.url)
+        return self.identity()
+
+    def snapshots(self) -> list[Snapshot]:
+        """Committed snapshots by step."""
+        found = []
+        for name in self.store.folders("snapshots"):
+            manifest = self._manifest(f"snapshots/{name}")
+            if manifest is not None and manifest.step is not None:
+                found.append(Snapshot(step=manifest.step, url=f"{self.url}/snapshots/{name}", manifest=manifest))
+        return sorted(found, key=lambda snapshot: snapshot.step)
+
+    def merged(self) -> dict[str, Manifest]:
+        """Committed merged checkpoints by name."""
+        names = self.store.folders("merged")
+        manifests = {name: self._manifest(f"merged/{name}") for name in names}
+        return {name: manifest for name, manifest in manifests.items() if manifest is not None}
+
+    def branches(self) -> list[str]:
+        """Names of the branches (runs forked from this one)."""
+        return self.store.folders("branches")
+
+    def branch(self, name: str) -> RunFolder:
+        """The branch ``name`` as a run of its own."""
+        return RunFolder(f"{self.url}/branches/{name}")
+
+    def segments(self) -> list[dict[str, Any]]:
+        """Segments of the run, oldest first."""
+        keys = [key for key in self.store.keys("segments") if key.endswith(".json")]
+        return [json.loads(self.store.read(key)) for key in keys]
+
+    def open_segment(self, *, cause: str, start: dict[str, Any], plan: dict[str, Any]) -> int:
+        """Record the start of a segment and return its number, from 1; the one before it is closed if it was left open."""
+        earlier = self.segments()
+        if earlier and earlier[-1]["end"] is None:
+            self.close_segment(earlier[-1]["segment"], reason="interrupted", step=start["step"])
+        number = len(earlier) + 1
+        record = {"segment": number, "cause": cause, "start": start, "plan": plan, "started": time.time(), "end": None}
+        self.store.create(_segment_key(number), json.dumps(record, indent=1).encode())
+        return number
+
+    def close_segment(self, number: int, *, reason: str, step: int) -> None:
+        """Record why and where a segment ended."""
+        key = _segment_key(number)
+        record = json.loads(self.store.read(key))
+        record["end"] = {"reason": reason, "step": step, "time": time.time()}
+        self.store.put(key, json.dumps(record, indent=1).encode())
+
+    def _manifest(self, folder: str) -> Manifest | None:
+        if folder not in self._manifests:
+            try:
+                data = self.store.read(f"{folder}/{MANIFEST_KEY}")
+            except ObjectMissing:
+                return None
+            self._manifests[folder] = parse_manifest(data, f"{self.url}/{folder}/{MANIFEST_KEY}")
+        return self._manifests[folder]
+
+
+def snapshot_key(step: int) -> str:
+    """Folder of the snapshot at ``step`` below its run."""
+    return f"snapshots/step-{step:09d}"
+
+
+def code_version() -> str:
+    """Version of the installed pmaflow."""
+    try:
+        return metadata.version("pmaflow")
+    except metadata.PackageNotFoundError:
+        return "0+source"
+
+
+def _segment_key(number: int) -> str:
+    return f"segments/{number:04d}.json"
+
+
+def _require_same(there: RunIdentity, config: Config, start: StartPoint | None, url: str) -> None:
+    old, new = identity_of(there.config), identity_of(config)
+    if there.start != start:
+        old["start"], new["start"] = there.start, start
+    lines = [f"  {key}: run has {old.get(key)!r}, asked for {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
+    if lines:
+        raise UserError(
+            f"{url} is a run of another configuration:\n" + "\n".join(lines) + "\nGive the same values, or another --run"
+        )

@@ -1,0 +1,1 @@
+"""Networks by family name, and how their tensors are named on disk."""

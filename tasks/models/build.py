@@ -1,0 +1,59 @@
+"""Build a network from its configuration, with `transformers` model classes and random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from configs.schema import ModelConfig
+
+
+def build_model_config(model: ModelConfig, sequence_length: int) -> PreTrainedConfig:
+    """`transformers` configuration of ``model``; also what ``config.json`` of a snapshot holds."""
+    shape: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "head_dim": model.head_size,
+        "intermediate_size": model.intermediate_size,
+        "max_position_embeddings": sequence_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "initializer_range": model.initializer_range,
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "use_cache": False,
+    }
+    if model.is_moe:
+        shape |= {
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.num_experts_per_token,
+            "moe_intermediate_size": model.expert_intermediate_size,
+            "norm_topk_prob": True,
+            "output_router_logits": True,
+            "router_aux_loss_coef": model.router_loss_coefficient,
+        }
+    config = AutoConfig.for_model(model.family, **shape)
+    config.architectures = [_architecture(config)]
+    config.dtype = "float32"
+    return config
+
+
+def build_model(model: ModelConfig, sequence_length: int, *, seed: int | None = None) -> PreTrainedModel:
+    """The network in float32. ``seed`` draws initial weights; None leaves them to be overwritten."""
+    config = build_model_config(model, sequence_length)
+    options = {"experts_implementation": model.experts_implementation} if model.is_moe else {}
+    if seed is not None:
+        torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32, **options)
+    assert isinstance(network, PreTrainedModel)
+    return network
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return AutoModelForCausalLM._model_mapping[type(config)].__name__

@@ -1,0 +1,1 @@
+"""Training of one segment, as every worker of the gang runs it."""
