@@ -42,7 +42,7 @@ def fan_out_ray(
     import ray
 
     # Ray sets OMP_NUM_THREADS to num_cpus in the task: two threads on busy cores collapse.
-    remote = ray.remote(_call).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)
+    remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)(_call)
     waiting = list(items)
     running: list[Any] = []
     try:
