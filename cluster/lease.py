@@ -99,7 +99,9 @@ class Lease:
             if not is_free(held, self.clock()):
                 raise LeaseHeld(self._describe(held)) from None
             if not self.store.replace(lease_key(self.name), mine, current):
-                raise LeaseHeld(f"lease {self.name!r} of {self.store.url} was taken by another driver just now") from None
+                raise LeaseHeld(
+                    f"lease {self.name!r} of {self.store.url} was taken by another driver just now"
+                ) from None
         self._held = mine
 
     def renew(self) -> None:

@@ -163,7 +163,9 @@ class FsspecStore(Store):
             raise StorageError(f"{self.url}/{key}: access denied; check credentials and bucket policy") from error
         except (OSError, TimeoutError) as error:
             if error.errno == errno.ENOSPC:
-                raise StorageFull(f"{self.url}/{key}: no space left; free some and run the same command again") from error
+                raise StorageFull(
+                    f"{self.url}/{key}: no space left; free some and run the same command again"
+                ) from error
             raise StorageError(f"{self.url}/{key}: {error}") from error
 
 

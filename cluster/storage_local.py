@@ -40,7 +40,9 @@ class LocalStore(Store):
             while len(data) < end - start:
                 more = os.pread(file.fileno(), end - start - len(data), start + len(data))
                 if not more:
-                    raise StorageError(f"{path}: ends at byte {start + len(data)}, bytes {start} to {end} were asked for")
+                    raise StorageError(
+                        f"{path}: ends at byte {start + len(data)}, bytes {start} to {end} were asked for"
+                    )
                 data += more
         return data
 

@@ -147,4 +147,6 @@ class Tracker:
         except TrackingAway:
             raise
         except Exception as error:  # the edge to MLflow: whatever it raises must not reach the run
-            raise TrackingAway(f"MLflow at {self.uri}: {type(error).__name__}: {str(error).splitlines()[0][:300]}") from error
+            raise TrackingAway(
+                f"MLflow at {self.uri}: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            ) from error

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -42,7 +43,7 @@ def load_config(name: str, overrides: tuple[str, ...] = ()) -> Resolved:
     if not layers[0][0].get("name"):
         layers[0][0]["name"] = path.stem
     merged = OmegaConf.structured(Config)
-    origins = {key: DEFAULT_ORIGIN for key in known_keys()}
+    origins = dict.fromkeys(known_keys(), DEFAULT_ORIGIN)
     for values, origin in layers:
         for key, value in _leaves(values):
             _require_known(key, value, origin)

@@ -33,7 +33,14 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--config", "config_name", default="tiny", show_default=True, metavar="C", help="Configuration: a name or a .yaml path.")
+@click.option(
+    "--config",
+    "config_name",
+    default="tiny",
+    show_default=True,
+    metavar="C",
+    help="Configuration: a name or a .yaml path.",
+)
 @configured
 @common
 def demo(config_name: str, run_url: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool) -> int:
@@ -209,9 +216,17 @@ def config_list(as_json: bool, debug: bool) -> int:
 
 def render_demo(result: dict[str, Any]) -> str:
     """The demo's result for people."""
-    rows = [("raw snapshot", "raw_loss"), ("merged", "merged_loss"), ("annealed", "annealed_loss"), ("forecast", "forecast_loss")]
+    rows = [
+        ("raw snapshot", "raw_loss"),
+        ("merged", "merged_loss"),
+        ("annealed", "annealed_loss"),
+        ("forecast", "forecast_loss"),
+    ]
     lines = ["held-out loss at the end, nats per byte"]
-    lines += [f"  {label:<13}{result[key]:.4f}" if result[key] is not None else f"  {label:<13}not measured" for label, key in rows]
+    lines += [
+        f"  {label:<13}{result[key]:.4f}" if result[key] is not None else f"  {label:<13}not measured"
+        for label, key in rows
+    ]
     return "\n".join([*lines, f"done in {result['seconds']:.0f} s", f"report: {result['report']}"])
 
 
@@ -226,7 +241,9 @@ def render_training(result: dict[str, Any]) -> str:
 
 def render_merge(result: dict[str, Any]) -> str:
     """A merge or its plan for people."""
-    lines = [f"{result['method']} of {len(result['inputs'])} checkpoints, {result['tasks']} tasks -> {result['output']}"]
+    lines = [
+        f"{result['method']} of {len(result['inputs'])} checkpoints, {result['tasks']} tasks -> {result['output']}"
+    ]
     for row in result.get("plan", []):
         lines.append(
             f"  task {row['task']}: reads {row['bytes_read']:,} B, writes {row['bytes_written']:,} B, "
@@ -234,7 +251,9 @@ def render_merge(result: dict[str, Any]) -> str:
         )
     if result["digest"]:
         lines.append(f"digest {result['digest']}")
-        lines.append(f"read {result['bytes_read']:,} B, wrote {result['bytes_written']:,} B in {result['seconds']:.2f} s")
+        lines.append(
+            f"read {result['bytes_read']:,} B, wrote {result['bytes_written']:,} B in {result['seconds']:.2f} s"
+        )
     return "\n".join(lines)
 
 
@@ -247,13 +266,27 @@ def render_status(result: dict[str, Any]) -> str:
     """A run's state for people."""
     snapshots = result["snapshots"]
     last = f"step {snapshots[-1]['step']:,} of {result['total_steps']:,}" if snapshots else "nothing committed yet"
-    lines = [f"{result['run']}: {last}", f"snapshots {len(snapshots)}, merged {len(result['merged'])}, merges due {len(result['due'])}"]
-    lines += [f"  {s['step']:>9,}  {s['phase'] or '':<7} {'healthy' if s['healthy'] else 'UNHEALTHY'}  " + (f"held-out {s['loss']:.4f}" if s["loss"] else "") for s in snapshots[-8:]]
-    lines += [f"segment {s['segment']}: {s['cause']}, from step {s['start']['step']:,}, {s['end']['reason'] if s['end'] else 'open'}" for s in result["segments"][-5:]]
-    lines += [f"lease {row['name']}: {row['owner']}, expires in {row['expires_in_seconds']} s" for row in result["leases"]]
+    lines = [
+        f"{result['run']}: {last}",
+        f"snapshots {len(snapshots)}, merged {len(result['merged'])}, merges due {len(result['due'])}",
+    ]
+    lines += [
+        f"  {s['step']:>9,}  {s['phase'] or '':<7} {'healthy' if s['healthy'] else 'UNHEALTHY'}  "
+        + (f"held-out {s['loss']:.4f}" if s["loss"] else "")
+        for s in snapshots[-8:]
+    ]
+    lines += [
+        f"segment {s['segment']}: {s['cause']}, from step {s['start']['step']:,}, {s['end']['reason'] if s['end'] else 'open'}"
+        for s in result["segments"][-5:]
+    ]
+    lines += [
+        f"lease {row['name']}: {row['owner']}, expires in {row['expires_in_seconds']} s" for row in result["leases"]
+    ]
     lines += [f"branch {name}" for name in result["branches"]]
     tracking = result["tracking"]
-    lines.append(f"tracking {tracking['uri'] or 'off'}: {tracking['lag']} item(s) behind{': ' + tracking['error'] if tracking['error'] else ''}")
+    lines.append(
+        f"tracking {tracking['uri'] or 'off'}: {tracking['lag']} item(s) behind{': ' + tracking['error'] if tracking['error'] else ''}"
+    )
     return "\n".join(lines)
 
 
@@ -263,7 +296,9 @@ def render_config(result: dict[str, Any]) -> str:
     def rows(values: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
         for key, value in values.items():
-            found += rows(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", json.dumps(value))]
+            found += (
+                rows(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", json.dumps(value))]
+            )
         return found
 
     listed = rows(result["config"], "")

@@ -9,7 +9,15 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import Config
 from pipelines.beside import Beside, unevaluated
-from pipelines.pretrain import hold_run, is_trained, require_workable, start_point, summarise, train_to_end, working_session
+from pipelines.pretrain import (
+    hold_run,
+    is_trained,
+    require_workable,
+    start_point,
+    summarise,
+    train_to_end,
+    working_session,
+)
 from pipelines.timing import timed
 from pipelines.tracking import TrackingThread
 from tasks.checkpoints.run_folder import RunFolder
@@ -47,7 +55,9 @@ def branch_name(from_step: int) -> str:
 def branch_config(trunk: Config, fork_tokens: int, tokens: int) -> Config:
     """The trunk's configuration with its end at the budget and the whole budget as decay."""
     if fork_tokens < trunk.schedule.warmup_tokens:
-        raise UserError(f"step at {fork_tokens} tokens is in warmup (schedule.warmup_tokens={trunk.schedule.warmup_tokens})")
+        raise UserError(
+            f"step at {fork_tokens} tokens is in warmup (schedule.warmup_tokens={trunk.schedule.warmup_tokens})"
+        )
     if trunk.schedule.decay_tokens and fork_tokens > trunk.training.total_tokens - trunk.schedule.decay_tokens:
         raise UserError(f"step at {fork_tokens} tokens is in the decay phase already; fork from the stable phase")
     return replace(

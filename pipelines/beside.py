@@ -44,7 +44,12 @@ def scheduled_rule(config: Config) -> WindowRule:
 
 
 def merge_window(
-    run: RunFolder, config: Config, rule: WindowRule, window: list[Snapshot], lease: Lease, cancelled: Callable[[], bool]
+    run: RunFolder,
+    config: Config,
+    rule: WindowRule,
+    window: list[Snapshot],
+    lease: Lease,
+    cancelled: Callable[[], bool],
 ) -> MergeReport:
     """Merge one window of the run as Ray tasks, under the run's lease."""
     name = rule.output_name(window[-1].step)
@@ -87,13 +92,17 @@ def unevaluated(run: RunFolder, config: Config) -> list[str]:
     return sorted(merged, reverse=True) + raw[::-1]
 
 
-def evaluate_all(run: RunFolder, config: Config, urls: list[str], cancelled: Callable[[], bool], batch: int = EVALUATION_BATCH) -> None:
+def evaluate_all(
+    run: RunFolder, config: Config, urls: list[str], cancelled: Callable[[], bool], batch: int = EVALUATION_BATCH
+) -> None:
     """Evaluate ``urls`` as Ray tasks."""
     tasks = [
         EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(urls[start : start + batch]))
         for start in range(0, len(urls), batch)
     ]
-    for _ in fan_out_ray(evaluate_checkpoints, tasks, num_in_flight=max(1, config.merge.num_workers), should_cancel=cancelled):
+    for _ in fan_out_ray(
+        evaluate_checkpoints, tasks, num_in_flight=max(1, config.merge.num_workers), should_cancel=cancelled
+    ):
         pass
 
 

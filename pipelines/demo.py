@@ -58,7 +58,10 @@ def fork_step(config: Config) -> int:
 def comparison_rules(config: Config) -> list[WindowRule]:
     """Merges of the end-of-run table: each N with the configured method, and each method with the configured N."""
     base = scheduled_rule(config)
-    rules = [WindowRule(method=base.method, count=n, interval_tokens=base.interval_tokens, alpha=base.alpha) for n in config.merge.comparison_counts]
+    rules = [
+        WindowRule(method=base.method, count=n, interval_tokens=base.interval_tokens, alpha=base.alpha)
+        for n in config.merge.comparison_counts
+    ]
     for method in ("sma", "wma", "ema"):
         alpha = config.merge.alpha if method == "ema" else None
         rules.append(WindowRule(method=method, count=base.count, interval_tokens=base.interval_tokens, alpha=alpha))

@@ -90,7 +90,11 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
         "output": plan.output_url,
         "digest": None,
         "inputs": [
-            {"url": c.url, "digest": c.manifest.digest if c.manifest else None, "step": c.manifest.step if c.manifest else None}
+            {
+                "url": c.url,
+                "digest": c.manifest.digest if c.manifest else None,
+                "step": c.manifest.step if c.manifest else None,
+            }
             for c in plan.inputs
         ],
         "method": plan.method,

@@ -72,9 +72,14 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, beside: Beside, *
     """Run gangs until the last step is committed; a gang that loses a worker is started again from the newest snapshot."""
     if is_trained(run, config):
         return
-    with Progress(run, config, label, lambda: list(beside.activity.values())), timed(run.store, f"training {label}", "training"):
+    with (
+        Progress(run, config, label, lambda: list(beside.activity.values())),
+        timed(run.store, f"training {label}", "training"),
+    ):
         for attempt in range(config.training.max_restarts + 1):
-            task = _segment_task(run, config, lease, cause="worker lost" if attempt else "resume" if run.snapshots() else "start")
+            task = _segment_task(
+                run, config, lease, cause="worker lost" if attempt else "resume" if run.snapshots() else "start"
+            )
             try:
                 run_gang(_train_segment, task, num_workers=config.training.num_workers, name=f"{config.name}-{attempt}")
                 return
@@ -157,9 +162,7 @@ def start_point(run: RunFolder, step: int) -> StartPoint:
     if chosen is None:
         raise UserError(f"{run.url} has no snapshot at step {step}; there are {describe_steps(snapshots)}")
     assert chosen.manifest.tokens_seen is not None
-    return StartPoint(
-        url=chosen.url, digest=chosen.manifest.digest, step=step, tokens_seen=chosen.manifest.tokens_seen
-    )
+    return StartPoint(url=chosen.url, digest=chosen.manifest.digest, step=step, tokens_seen=chosen.manifest.tokens_seen)
 
 
 def first_line(error: BaseException) -> str:
@@ -171,7 +174,9 @@ def first_line(error: BaseException) -> str:
 def _segment_task(run: RunFolder, config: Config, lease: Lease, *, cause: str) -> Any:
     from tasks.training.worker import SegmentTask
 
-    return SegmentTask(run_url=run.url, config=config_to_dict(config), lease_token=lease.token, cause=cause, launched=time.time())
+    return SegmentTask(
+        run_url=run.url, config=config_to_dict(config), lease_token=lease.token, cause=cause, launched=time.time()
+    )
 
 
 def _train_segment(task: Any) -> dict[str, Any]:

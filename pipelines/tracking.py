@@ -75,7 +75,9 @@ class Forwarder:
     def lag(self) -> int:
         """Items in the run folder that MLflow has not been sent."""
         folders = [(self.run, "")] + [(self.run.branch(name), f"branches/{name}/") for name in self.run.branches()]
-        return sum(len(self._pending_journals(run, prefix)) + len(self._pending_items(run, prefix)) for run, prefix in folders)
+        return sum(
+            len(self._pending_journals(run, prefix)) + len(self._pending_items(run, prefix)) for run, prefix in folders
+        )
 
     def finish(self, status: str) -> None:
         """Mark every run of the tree as ended."""
@@ -194,7 +196,9 @@ class TrackingThread:
         self._stop.set()
         self._thread.join(deadline_seconds)
         if self._thread.is_alive() or self.forwarder.lag():
-            logger.warning("MLflow is behind; `pma status --run %s` sends the rest once it answers", self.forwarder.run.url)
+            logger.warning(
+                "MLflow is behind; `pma status --run %s` sends the rest once it answers", self.forwarder.run.url
+            )
 
     def register(self, url: str, manifest: Manifest) -> None:
         """Register a merged checkpoint once everything before it was sent."""

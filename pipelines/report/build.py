@@ -44,7 +44,11 @@ def render(data: ReportData) -> str:
         _section("Held-out loss", held_out_chart(data) + _caption(_held_out_caption(data))),
         _section("How many snapshots to merge", _comparison_table(data)),
         _section("Training", training_chart(data) + _caption("Means over short stretches of steps.")),
-        _section("Router health", router + _caption("Per layer, over the global batch. A collapse in one layer shows here.")) if router else "",
+        _section(
+            "Router health", router + _caption("Per layer, over the global batch. A collapse in one layer shows here.")
+        )
+        if router
+        else "",
         _section("Where the time went", _time_table(data)),
         _section("Run identity", _identity(data)),
     ]
@@ -71,7 +75,8 @@ def _findings(data: ReportData) -> str:
     if not findings:
         return "<p>Nothing yet: no merge has been evaluated.</p>"
     items = (
-        f'<li><span class="verdict {f.verdict.split()[0]}">{html.escape(f.verdict)}</span> {html.escape(f.text)}</li>' for f in findings
+        f'<li><span class="verdict {f.verdict.split()[0]}">{html.escape(f.verdict)}</span> {html.escape(f.text)}</li>'
+        for f in findings
     )
     return f'<ul class="findings">{"".join(items)}</ul>'
 
@@ -90,7 +95,13 @@ def _comparison_table(data: ReportData) -> str:
     raw = data.raw[-1]
     best = min(row.evaluation.loss for row in data.comparison)
     rows = [["raw snapshot", "1", "–", "–", f"{raw.evaluation.loss:.4f}", "–", _slices(raw.evaluation.slices)]]
-    for row in sorted(data.comparison, key=lambda r: (r.manifest.merge.method if r.manifest.merge else "", len(r.manifest.merge.inputs) if r.manifest.merge else 0)):
+    for row in sorted(
+        data.comparison,
+        key=lambda r: (
+            r.manifest.merge.method if r.manifest.merge else "",
+            len(r.manifest.merge.inputs) if r.manifest.merge else 0,
+        ),
+    ):
         merge = row.manifest.merge
         assert merge is not None
         gain, error = paired_gain(raw.evaluation, row.evaluation)
@@ -121,7 +132,11 @@ def _time_table(data: ReportData) -> str:
     total = training + evidence + ray
     rows = [
         ("training steps", steps, "compute"),
-        ("worker start-up (processes, imports, process group, reading the corpus)", data.startup_seconds, "orchestration"),
+        (
+            "worker start-up (processes, imports, process group, reading the corpus)",
+            data.startup_seconds,
+            "orchestration",
+        ),
         ("snapshots (training stands still)", data.snapshot_seconds, "orchestration"),
         ("Ray start", ray, "orchestration"),
         ("merges and evaluations that training did not cover", evidence, "evidence"),
@@ -129,7 +144,10 @@ def _time_table(data: ReportData) -> str:
     overhead = data.startup_seconds + data.snapshot_seconds + ray
     table = _table(
         ["stretch", "kind", "seconds", "share"],
-        [[html.escape(label), kind, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else "–"] for label, seconds, kind in rows],
+        [
+            [html.escape(label), kind, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else "–"]
+            for label, seconds, kind in rows
+        ],
     )
     note = (
         f"Wall clock over all invocations: {format_seconds(total)}; orchestration {overhead / total if total else 0:.0%}. "
@@ -143,13 +161,17 @@ def _identity(data: ReportData) -> str:
         "run": data.url,
         "run id": data.identity.run_id,
         "code version": data.identity.code_version,
-        "segments": ", ".join(f"{s['segment']} ({s['cause']}, from step {s['start']['step']:,})" for s in data.segments),
+        "segments": ", ".join(
+            f"{s['segment']} ({s['cause']}, from step {s['start']['step']:,})" for s in data.segments
+        ),
     }
     if data.raw:
         facts["last snapshot's content digest"] = data.raw[-1].manifest.digest
     rows = [[html.escape(key), f"<code>{html.escape(str(value))}</code>"] for key, value in facts.items()]
     config = html.escape(json.dumps(identity_of(data.config), indent=1))
-    return _table(["", ""], rows, head=False) + f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
+    return (
+        _table(["", ""], rows, head=False) + f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
+    )
 
 
 def _slices(losses: Iterable[float]) -> str:

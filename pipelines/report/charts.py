@@ -13,11 +13,11 @@ import matplotlib
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from pipelines.report.data import Evaluated, ReportData  # noqa: E402
+from pipelines.report.data import Evaluated, ReportData
 
 RAW, MERGED, ANNEALED, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 LAYERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -55,7 +55,10 @@ def training_chart(data: ReportData) -> str:
     with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, 3, figsize=(10, 3.0))
         series = [("trunk", data.journal, RAW, "-")]
-        series += [(name.replace("anneal-from-step-", "anneal ").replace("-", " "), rows, ANNEALED, "--") for name, rows in data.branch_journals.items()]
+        series += [
+            (name.replace("anneal-from-step-", "anneal ").replace("-", " "), rows, ANNEALED, "--")
+            for name, rows in data.branch_journals.items()
+        ]
         for axes, metric, title in zip(
             panels,
             ("train/loss", "train/learning_rate", "train/gradient_norm"),
@@ -75,7 +78,9 @@ def training_chart(data: ReportData) -> str:
 
 def router_chart(data: ReportData) -> str:
     """Load entropy and busiest expert per layer; empty text for dense models."""
-    layers = sorted({int(m.group(1)) for row in data.journal for key in row.metrics if (m := re.match(r"router/layer_(\d+)/", key))})
+    layers = sorted(
+        {int(m.group(1)) for row in data.journal for key in row.metrics if (m := re.match(r"router/layer_(\d+)/", key))}
+    )
     if not layers:
         return ""
     with pyplot.rc_context(STYLE):
@@ -90,7 +95,14 @@ def router_chart(data: ReportData) -> str:
                 key = f"router/layer_{layer}/{metric}"
                 points = _bin_means([(m.tokens / 1e6, m.metrics[key]) for m in data.journal if key in m.metrics])
                 x, y = zip(*points, strict=True)
-                axes.plot(x, y, DASHES[layer % len(DASHES)], color=LAYERS[layer % len(LAYERS)], linewidth=1.3, label=f"layer {layer}")
+                axes.plot(
+                    x,
+                    y,
+                    DASHES[layer % len(DASHES)],
+                    color=LAYERS[layer % len(LAYERS)],
+                    linewidth=1.3,
+                    label=f"layer {layer}",
+                )
             axes.set_title(title, loc="left", fontsize=10)
             axes.set_xlabel("tokens seen (millions)")
         panels[2].set_ylim(bottom=-0.05)
@@ -107,7 +119,9 @@ def _plot_losses(axes: Axes, data: ReportData) -> None:
         fork = data.fork_tokens.get(name, 0) / 1e6
         _plot(axes, rows, ANNEALED, "-.", "^", "annealing branch")
         axes.axvline(fork, color=GREY, linewidth=0.8, linestyle=":")
-        axes.annotate("fork", (fork, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=GREY, ha="right", rotation=90)
+        axes.annotate(
+            "fork", (fork, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=GREY, ha="right", rotation=90
+        )
     axes.set_xlabel("tokens seen (millions)")
 
 

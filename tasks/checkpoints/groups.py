@@ -37,7 +37,7 @@ def group_of(name: str) -> str:
     for pattern, label in _OUTER_RULES:
         if pattern.search(name):
             return label
-    return name.split(".")[0]
+    return name.split(".", maxsplit=1)[0]
 
 
 def group_names(names: Iterable[str]) -> dict[str, list[str]]:

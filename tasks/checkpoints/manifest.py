@@ -181,7 +181,9 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
     try:
         values = json.loads(data)
         if values.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(f"{url}: format_version {values.get('format_version')!r}; this version reads {FORMAT_VERSION}")
+            raise CheckpointError(
+                f"{url}: format_version {values.get('format_version')!r}; this version reads {FORMAT_VERSION}"
+            )
         merge_fields = {item.name for item in dataclasses.fields(Merge)}
         merge = {key: values.pop(key) for key in merge_fields if key in values}
         return Manifest(
@@ -211,5 +213,3 @@ def _parse_shard(item: dict[str, Any]) -> Shard:
 def _parse_merge(values: dict[str, Any]) -> Merge:
     inputs = tuple(MergeInput(**item) for item in values["inputs"])
     return Merge(**{**values, "inputs": inputs, "weights": tuple(values["weights"])})
-
-

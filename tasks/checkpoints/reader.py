@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from cluster.errors import ObjectMissing
 from cluster.storage import Store, open_store
 from configs.errors import UserError
-from tasks.checkpoints.manifest import INDEX_KEY, MANIFEST_KEY, Manifest, parse_manifest
 from tasks.checkpoints.digest import digest_bytes
+from tasks.checkpoints.manifest import INDEX_KEY, MANIFEST_KEY, Manifest, parse_manifest
 from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry, read_header
 
 SINGLE_FILE_KEY = "model.safetensors"
@@ -96,9 +96,7 @@ def _open_plain(store: Store) -> Checkpoint:
             places[entry.name] = TensorPlace(key=key, entry=entry)
     if missing := sorted(set(weight_map or {}) - places.keys()):
         raise CheckpointError(f"{store.url}: the index names tensors that no file holds: {', '.join(missing[:10])}")
-    return Checkpoint(
-        store=store, model=places, state={}, num_files=len(keys), manifest=None, manifest_digest=None
-    )
+    return Checkpoint(store=store, model=places, state={}, num_files=len(keys), manifest=None, manifest_digest=None)
 
 
 def _parse_weight_map(store: Store, index: bytes) -> dict[str, str]:

@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from cluster.errors import ObjectExists, ObjectMissing
-from cluster.storage import Store, open_store
+from cluster.storage import open_store
 from configs.errors import UserError
 from configs.load import config_from_dict, config_to_dict, identity_of
 from configs.schema import Config
@@ -189,8 +189,12 @@ def _require_same(there: RunIdentity, config: Config, start: StartPoint | None, 
     old, new = identity_of(there.config), identity_of(config)
     if there.start != start:
         old["start"], new["start"] = there.start, start
-    lines = [f"  {key}: run has {old.get(key)!r}, asked for {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
+    lines = [
+        f"  {key}: run has {old.get(key)!r}, asked for {new.get(key)!r}" for key in new if old.get(key) != new.get(key)
+    ]
     if lines:
         raise UserError(
-            f"{url} is a run of another configuration:\n" + "\n".join(lines) + "\nGive the same values, or another --run"
+            f"{url} is a run of another configuration:\n"
+            + "\n".join(lines)
+            + "\nGive the same values, or another --run"
         )

@@ -65,7 +65,9 @@ def read_header(store: Store, key: str) -> list[TensorEntry]:
         raise CheckpointError(f"{url}: {size} bytes are too few for a safetensors file")
     length = int.from_bytes(store.read_range(key, 0, LENGTH_BYTES), "little")
     if length > MAX_HEADER_BYTES or LENGTH_BYTES + length > size:
-        raise CheckpointError(f"{url}: header claims {length} bytes; the file has {size}, the format allows {MAX_HEADER_BYTES}")
+        raise CheckpointError(
+            f"{url}: header claims {length} bytes; the file has {size}, the format allows {MAX_HEADER_BYTES}"
+        )
     text = store.read_range(key, LENGTH_BYTES, LENGTH_BYTES + length)
     return _parse_entries(url, text, data_start=LENGTH_BYTES + length, file_bytes=size)
 
@@ -128,7 +130,9 @@ def _parse_entry(url: str, name: str, item: Any, data_start: int) -> TensorEntry
         raise CheckpointError(f"{where}: shape {shape!r} or data_offsets {offsets!r} are not non-negative integers")
     expected = tensor_bytes(dtype, shape)
     if offsets[1] - offsets[0] != expected:
-        raise CheckpointError(f"{where}: {dtype} {shape} needs {expected} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}")
+        raise CheckpointError(
+            f"{where}: {dtype} {shape} needs {expected} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}"
+        )
     return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), offset=data_start + offsets[0], bytes=expected)
 
 

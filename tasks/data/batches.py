@@ -37,7 +37,14 @@ def read_windows(tokens: NDArray[np.uint8], windows: NDArray[np.int64], sequence
 
 
 def rank_batch(
-    tokens: NDArray[np.uint8], *, seed: int, step: int, batch_sequences: int, sequence_length: int, rank: int, world_size: int
+    tokens: NDArray[np.uint8],
+    *,
+    seed: int,
+    step: int,
+    batch_sequences: int,
+    sequence_length: int,
+    rank: int,
+    world_size: int,
 ) -> NDArray[np.int64]:
     """Rank ``rank``'s rows of the global batch of step ``step`` (counted from 0)."""
     share = batch_sequences // world_size

@@ -55,7 +55,9 @@ def read_corpus(data: DataConfig, side: Side) -> Corpus:
     for relative, url in files:
         text = read_file(url)
         if len(tokens) + len(text) > MAX_CORPUS_BYTES:
-            raise UserError(f"data.sources hold more than {MAX_CORPUS_BYTES >> 30} GiB of text, which is kept in memory")
+            raise UserError(
+                f"data.sources hold more than {MAX_CORPUS_BYTES >> 30} GiB of text, which is kept in memory"
+            )
         hasher.update(f"{relative}\0{blake3(text).hexdigest()}\n".encode())
         tokens += text
         tokens.append(DOCUMENT_END)
@@ -64,7 +66,9 @@ def read_corpus(data: DataConfig, side: Side) -> Corpus:
             f"data.sources={list(data.sources)} leave no {side.replace('_', '-')} text: {len(files)} of "
             f"{len(listed)} files at data.held_out_fraction={data.held_out_fraction}; give more files or another fraction"
         )
-    return Corpus(tokens=np.frombuffer(bytes(tokens), dtype=np.uint8), num_files=len(files), digest=str(hasher.hexdigest()))
+    return Corpus(
+        tokens=np.frombuffer(bytes(tokens), dtype=np.uint8), num_files=len(files), digest=str(hasher.hexdigest())
+    )
 
 
 def is_held_out(relative_path: str, fraction: float) -> bool:

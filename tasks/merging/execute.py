@@ -135,7 +135,11 @@ class _TaskRun:
         for start in range(0, tensor.num_elements, self.task.chunk_elements):
             end = min(start + self.task.chunk_elements, tensor.num_elements)
             pieces = self._read(tensor, start, end, hashers)
-            merged = self._mean(tensor, start, pieces) if tensor.read_dtype in FLOAT_DTYPES else _equal(tensor, start, pieces, self.inputs)
+            merged = (
+                self._mean(tensor, start, pieces)
+                if tensor.read_dtype in FLOAT_DTYPES
+                else _equal(tensor, start, pieces, self.inputs)
+            )
             yield merged
         for index, hasher in enumerate(hashers):
             self._record_digest(tensor, index, str(hasher.hexdigest()))
@@ -166,7 +170,9 @@ class _TaskRun:
             data = store.read_range(key, offset + start * width, offset + (start + size) * width)
             index = first_nonfinite_stored(data, tensor.read_dtype)
             if index is not None:
-                return CheckpointError(f"{store.url}/{key}: tensor {tensor.name!r} is not finite at element {start + index}")
+                return CheckpointError(
+                    f"{store.url}/{key}: tensor {tensor.name!r} is not finite at element {start + index}"
+                )
         return CheckpointError(
             f"the mean of tensor {tensor.name!r} overflows {tensor.write_dtype} at element {start + bad}; "
             "all inputs are finite: choose a wider --dtype"

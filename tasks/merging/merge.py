@@ -35,7 +35,12 @@ ATTEMPT_KEY = "receipts/attempt"
 """Marks a folder as an unpublished output of ours, so that a later attempt may go on in it."""
 RunTasks = Callable[[Callable[[MergeTask], Receipt], list[MergeTask]], Iterable[Receipt]]
 """How tasks are fanned out: on local threads or as Ray tasks."""
-POLICIES = {"weights": "method", "optimizer_moments": "reset", "integers": "equal", "keep_dtype": "*e_score_correction_bias"}
+POLICIES = {
+    "weights": "method",
+    "optimizer_moments": "reset",
+    "integers": "equal",
+    "keep_dtype": "*e_score_correction_bias",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

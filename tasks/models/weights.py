@@ -29,7 +29,9 @@ def require_census(
     parameters: Mapping[str, torch.Tensor], places: Mapping[str, TensorPlace], url: str, prefix: str = ""
 ) -> None:
     """Every disk tensor of ``parameters`` is at ``places`` with its shape, and nothing else is."""
-    expected = {prefix + piece.disk_name: piece.shape for name, p in parameters.items() for piece in pieces_of(name, p.shape)}
+    expected = {
+        prefix + piece.disk_name: piece.shape for name, p in parameters.items() for piece in pieces_of(name, p.shape)
+    }
     problems = [f"missing {name}" for name in sorted(expected.keys() - places.keys())]
     problems += [f"unknown {name}" for name in sorted(places.keys() - expected.keys()) if name.startswith(prefix)]
     problems += [

@@ -33,7 +33,9 @@ def write_rank_shards(model: ShardedModel, store: Store, rank: int, world_size: 
     for item, owner in zip(model.slices, owners, strict=True):
         _collect(item, item.parameter, "", weights if owner == rank else None)
         for moment in MOMENTS:
-            _collect(item, _as_sharded(item, _moment(model, item, moment)), f"{moment}.", moments if owner == rank else None)
+            _collect(
+                item, _as_sharded(item, _moment(model, item, moment)), f"{moment}.", moments if owner == rank else None
+            )
     shards = []
     number = sorted(set(owners)).index(rank) + 1 if rank in owners else 0
     of = len(set(owners))
@@ -88,7 +90,12 @@ def _as_sharded(item: RankSlice, local: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return local
     return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
     )
 
 

@@ -19,7 +19,7 @@ from cluster.lease import check_token
 from configs.load import config_from_dict
 from configs.schema import Config
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
-from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, RunIdentity, snapshot_key
+from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, RunIdentity
 from tasks.data.batches import rank_batch
 from tasks.data.corpus import Corpus, read_corpus
 from tasks.training.rank_state import restore_rank
@@ -151,7 +151,10 @@ class Worker:
         if not self.config.model.is_moe or self.step % self.config.training.log_interval_steps:
             return None
         counts_LE = torch.stack(
-            [expert_counts(logits.detach(), self.config.model.num_experts_per_token) for logits in outputs.router_logits]
+            [
+                expert_counts(logits.detach(), self.config.model.num_experts_per_token)
+                for logits in outputs.router_logits
+            ]
         )
         dist.all_reduce(counts_LE)
         return counts_LE
