@@ -30,7 +30,7 @@ def fan_out_ray(
     items: Sequence[Item],
     *,
     num_in_flight: int,
-    memory_bytes: Callable[[Item], int] = lambda item: 0,
+    memory_bytes: Callable[[Item], int] = lambda _: 0,
     should_cancel: Callable[[], bool] = lambda: False,
 ) -> Iterator[Result]:
     """Run each item as a Ray task of one CPU, spread over nodes, at most ``num_in_flight`` at once.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+import concurrent.futures
 import tempfile
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import GangFailed
 
 COLLECTIVE_TIMEOUT_SECONDS = 120
-logger = logging.getLogger(__name__)
 
 
 class WorkerLost(Exception):
@@ -31,7 +31,7 @@ def run_gang(body: Callable[[Any], dict[str, Any]], task: Any, *, num_workers: i
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    with tempfile.TemporaryDirectory(prefix="pma-train-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="pma-train-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
             _on_worker,
             train_loop_config={"body": body, "task": task},
@@ -40,13 +40,33 @@ def run_gang(body: Callable[[Any], dict[str, Any]], task: Any, *, num_workers: i
             torch_config=TorchConfig(backend="gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
         )
         try:
-            result = trainer.fit()
+            result = _interruptible(trainer.fit)
         except TrainingFailedError as error:
             raise WorkerLost(str(error), _root_cause(error)) from error
     value = getattr(result, "return_value", None)
     if not isinstance(value, dict):
         raise GangFailed(f"gang {name} ended without a result")
     return value
+
+
+def _interruptible(fit: Callable[[], Any]) -> Any:
+    """Run ``fit`` beside the main thread, which stays free for signals.
+
+    On the main thread Ray Train replaces the SIGINT handler by one that ends the process with exit
+    code 0; here Ctrl-C stays a KeyboardInterrupt and the caller's clean-up runs.
+    """
+    outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def body() -> None:
+        try:
+            outcome.set_result(fit())
+        except BaseException as error:  # noqa: BLE001  handed to the caller's thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=body, daemon=True, name="gang").start()
+    while not outcome.done():
+        concurrent.futures.wait([outcome], timeout=0.3)
+    return outcome.result()
 
 
 def _on_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +77,8 @@ def _on_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     return body(loop_config["task"])
 
 
-def _root_cause(error: Any) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     """The first worker's own exception, where Ray Train kept it."""
     failures = getattr(error, "worker_failures", None) or {}
     causes = list(failures.values()) if isinstance(failures, dict) else []
-    return causes[0] if causes else error
+    return causes[0] if causes and isinstance(causes[0], BaseException) else error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,6 +45,7 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if address:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     else:
@@ -54,6 +57,10 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
             configure_logging=False,
             _node_ip_address="127.0.0.1",
         )
+    # ray.init replaces the SIGTERM handler by one that aborts the process.
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     try:
         yield
     finally:

@@ -59,6 +59,8 @@ class ModelConfig:
     """Share the embedding matrix with the output head."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square in RMS norms."""
     initializer_range: float = 0.02
     """Standard deviation of the normal distribution that weights start from."""
     experts_implementation: Literal["eager", "grouped_mm"] = "grouped_mm"

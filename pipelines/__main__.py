@@ -315,7 +315,9 @@ def main() -> None:
         sys.exit(EXIT_USAGE)
     except click.ClickException as error:
         hint = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
-        report_failure("UsageError", f"{hint}{error.format_message()} (see --help)", as_json="--json" in sys.argv)
+        report_failure(
+            "UsageError", f"{hint}{error.format_message()} (see --help)", sys.stdout if "--json" in sys.argv else None
+        )
         sys.exit(EXIT_USAGE)
     except click.exceptions.Abort:
         sys.exit(130)

@@ -156,7 +156,7 @@ class Beside:
                     self._training_done.wait(POLL_SECONDS) if not final else time.sleep(POLL_SECONDS)
         except concurrent.futures.CancelledError:
             return
-        except Exception as error:  # a thread's edge: kept, and raised in the driver by finish()
+        except Exception as error:  # noqa: BLE001  a thread's edge: kept, and raised in the driver by finish()
             logger.error("%s failed: %s", name, error)
             self._errors.append(error)
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_LEASE_HELD, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 Render = Callable[[dict[str, Any]], str]
@@ -18,18 +18,28 @@ Render = Callable[[dict[str, Any]], str]
 def run_command(work: Callable[[], dict[str, Any]], render: Render, *, as_json: bool, debug: bool) -> int:
     """Do ``work``, print its result, and turn errors into messages and exit codes."""
     configure_process()
+    answer = reserve_stdout()
     try:
         result = work()
     except KeyboardInterrupt:
-        report_failure("Interrupted", "stopped; run the same command again to continue", as_json=as_json)
+        message = "stopped; what was committed is safe, run the same command again to continue"
+        report_failure("Interrupted", message, answer if as_json else None)
         return EXIT_INTERRUPTED
-    except Exception as error:  # the process edge: every failure becomes a message and an exit code
+    except Exception as error:  # noqa: BLE001  the process edge: every failure becomes a message and an exit code
         if debug:
             traceback.print_exc()
-        report_failure(type(error).__name__, str(error), as_json=as_json)
+        report_failure(type(error).__name__, str(error), answer if as_json else None)
         return exit_code_of(error)
-    print(json.dumps(result, allow_nan=False, default=str) if as_json else render(result), flush=True)
-    return int(result.get("exit_code", EXIT_DONE)) if isinstance(result.get("exit_code"), int) else EXIT_DONE
+    print(json.dumps(result, allow_nan=False) if as_json else render(result), file=answer, flush=True)
+    return EXIT_DONE
+
+
+def reserve_stdout() -> TextIO:
+    """Keep stdout for the answer alone: whatever libraries and child processes print there goes to stderr."""
+    sys.stdout.flush()
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answer
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -44,10 +54,10 @@ def exit_code_of(error: BaseException) -> int:
     return EXIT_FAILED
 
 
-def report_failure(kind: str, message: str, *, as_json: bool) -> None:
-    """Print a failure as one message; with ``--json`` also as an object on stdout."""
-    if as_json:
-        print(json.dumps({"error": kind, "message": message}), flush=True)
+def report_failure(kind: str, message: str, answer: TextIO | None) -> None:
+    """Say what failed on stderr; with ``--json`` (an ``answer`` stream) also as one object."""
+    if answer is not None:
+        print(json.dumps({"error": kind, "message": message}), file=answer, flush=True)
     print(f"pma: {message or kind}", file=sys.stderr, flush=True)
 
 
@@ -57,4 +67,6 @@ def configure_process() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("alembic", "mlflow", "ray", "botocore", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Explicitly, because a shell starts background jobs with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)

@@ -11,11 +11,12 @@ from cluster.tracking import TrackingAway
 from configs.load import identity_of
 from pipelines.progress import format_seconds
 from pipelines.report.charts import held_out_chart, router_chart, training_chart
-from pipelines.report.data import ReportData, gather
+from pipelines.report.data import Evaluated, ReportData, gather
 from pipelines.report.findings import find_all
 from pipelines.tracking import open_forwarder
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import paired_gain
+from tasks.merging.methods import METHODS
 
 REPORT_KEY = "report.html"
 CSS = (Path(__file__).parent / "report.css").read_text()
@@ -94,34 +95,33 @@ def _comparison_table(data: ReportData) -> str:
         return "<p>Not enough snapshots to compare.</p>"
     raw = data.raw[-1]
     best = min(row.evaluation.loss for row in data.comparison)
-    rows = [["raw snapshot", "1", "–", "–", f"{raw.evaluation.loss:.4f}", "–", _slices(raw.evaluation.slices)]]
-    for row in sorted(
-        data.comparison,
-        key=lambda r: (
-            r.manifest.merge.method if r.manifest.merge else "",
-            len(r.manifest.merge.inputs) if r.manifest.merge else 0,
-        ),
-    ):
-        merge = row.manifest.merge
-        assert merge is not None
-        gain, error = paired_gain(raw.evaluation, row.evaluation)
-        span = (merge.inputs[-1].tokens_seen or 0) - (merge.inputs[0].tokens_seen or 0)
-        method = f"EMA, alpha {merge.alpha:g}" if merge.method == "ema" else merge.method.upper()
-        loss = f"{row.evaluation.loss:.4f}"
-        rows.append(
-            [
-                method,
-                str(len(merge.inputs)),
-                f"{span / 1e6:.2f} M",
-                merge.dtypes.get("write", ""),
-                f"<strong>{loss}</strong> best" if row.evaluation.loss == best else loss,
-                f"{gain:+.4f} ± {error:.4f}",
-                _slices(row.evaluation.slices),
-            ]
-        )
-    head = ["method", "N", "merge span", "dtype", "held-out loss", "lower than raw by", "slices"]
+    rows = [["raw snapshot", "1", "–", f"{raw.evaluation.loss:.4f}", "–", _slices(raw.evaluation.slices)]]
+    rows += [_comparison_row(row, raw, best) for row in sorted(data.comparison, key=_table_order)]
+    head = ["method", "N", "merge span", "held-out loss", "lower than raw by", "slices"]
     note = "All end at the last step. ± is the standard error of the paired difference over slices; it does not include seeds."
     return _table(head, rows) + _caption(note)
+
+
+def _table_order(row: Evaluated) -> tuple[int, int]:
+    merge = row.manifest.merge
+    assert merge is not None
+    return METHODS.index(merge.method), len(merge.inputs)
+
+
+def _comparison_row(row: Evaluated, raw: Evaluated, best: float) -> list[str]:
+    merge = row.manifest.merge
+    assert merge is not None
+    gain, error = paired_gain(raw.evaluation, row.evaluation)
+    span = (merge.inputs[-1].tokens_seen or 0) - (merge.inputs[0].tokens_seen or 0)
+    loss = f"{row.evaluation.loss:.4f}"
+    return [
+        f"EMA, alpha {merge.alpha:g}" if merge.method == "ema" else merge.method.upper(),
+        str(len(merge.inputs)),
+        f"{span / 1e6:.2f} M",
+        f"<strong>{loss}</strong> best" if row.evaluation.loss == best else loss,
+        f"{gain:+.4f} ± {error:.4f}",
+        _slices(row.evaluation.slices),
+    ]
 
 
 def _time_table(data: ReportData) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -22,7 +23,7 @@ from pipelines.report.data import Evaluated, ReportData
 RAW, MERGED, ANNEALED, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 LAYERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -117,10 +118,19 @@ def _plot_losses(axes: Axes, data: ReportData) -> None:
     _plot(axes, data.merged, MERGED, "--", "s", f"merged ({rule}), constant learning rate")
     for name, rows in data.branches.items():
         fork = data.fork_tokens.get(name, 0) / 1e6
-        _plot(axes, rows, ANNEALED, "-.", "^", "annealing branch")
+        # The branch begins at the snapshot it was forked from.
+        start = [row for row in data.raw if row.tokens == data.fork_tokens.get(name)]
+        _plot(axes, [*start, *rows], ANNEALED, "-.", "^", "annealing branch")
         axes.axvline(fork, color=GREY, linewidth=0.8, linestyle=":")
         axes.annotate(
-            "fork", (fork, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=GREY, ha="right", rotation=90
+            "fork",
+            (fork, 0.98),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            color=GREY,
+            ha="right",
+            va="top",
+            rotation=90,
         )
     axes.set_xlabel("tokens seen (millions)")
 

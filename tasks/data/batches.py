@@ -33,7 +33,8 @@ def window_indices(*, seed: int, first_sequence: int, count: int, windows: int) 
 def read_windows(tokens: NDArray[np.uint8], windows: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
     """Token ids ``[len(windows), S + 1]``: S inputs and, shifted by one, S targets."""
     offsets = windows[:, None] * sequence_length + np.arange(sequence_length + 1)[None, :]
-    return tokens[offsets].astype(np.int64)
+    windows_BS: NDArray[np.int64] = tokens[offsets].astype(np.int64)
+    return windows_BS
 
 
 def rank_batch(

@@ -12,6 +12,8 @@ output dtype adds half a unit in its last place.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,8 +32,8 @@ class ChunkSum:
     def __init__(self, size: int, read_dtype: str) -> None:
         self.read_dtype = read_dtype
         self.dtype = np.float64 if read_dtype == "F64" else np.float32
-        self._sum = np.empty(size, self.dtype)
-        self._term = np.empty(size, self.dtype)
+        self._sum: NDArray[Any] = np.empty(size, self.dtype)
+        self._term: NDArray[Any] = np.empty(size, self.dtype)
         self._widened = np.empty(size, np.uint32) if read_dtype == "BF16" else None
 
     def add(self, data: bytes, weight: float, *, first: bool) -> None:
@@ -46,12 +48,12 @@ class ChunkSum:
             np.multiply(values, scale, out=term, dtype=self.dtype)
             np.add(total, term, out=total)
 
-    def result(self, size: int) -> NDArray[np.floating]:
+    def result(self, size: int) -> NDArray[Any]:
         """The first ``size`` sums, a view that the next chunk overwrites."""
         return self._sum[:size]
 
-    def _decode(self, data: bytes) -> NDArray[np.floating]:
-        stored = np.frombuffer(data, dtype=_STORED[self.read_dtype])
+    def _decode(self, data: bytes) -> NDArray[Any]:
+        stored: NDArray[Any] = np.frombuffer(data, dtype=_STORED[self.read_dtype])
         if self._widened is None:
             return stored
         # bfloat16 is the upper half of float32.
@@ -60,7 +62,7 @@ class ChunkSum:
         return widened.view(np.float32)
 
 
-def encode(values: NDArray[np.floating], dtype: str) -> NDArray[np.generic]:
+def encode(values: NDArray[np.floating], dtype: str) -> NDArray[Any]:
     """``values`` rounded once, to nearest even, to ``dtype``; a bfloat16 result is its bit pattern."""
     if dtype == "BF16":
         bits = values.astype(np.float32, copy=False).view(np.uint32)
@@ -69,7 +71,7 @@ def encode(values: NDArray[np.floating], dtype: str) -> NDArray[np.generic]:
         return values.astype(_STORED[dtype], copy=False)
 
 
-def first_nonfinite(stored: NDArray[np.generic], dtype: str) -> int | None:
+def first_nonfinite(stored: NDArray[Any], dtype: str) -> int | None:
     """Index of the first infinity or NaN among stored elements, or None."""
     finite = (stored & 0x7FFF) < _BF16_INFINITY if dtype == "BF16" else np.isfinite(stored)
     return None if finite.all() else int(np.argmin(finite))

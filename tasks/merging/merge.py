@@ -192,5 +192,5 @@ def _clear_receipts(plan: MergePlan) -> None:
 
 def _foreign_keys(store: Store) -> list[str]:
     """Objects in an output without a manifest that no attempt at a merge can have left there."""
-    keys = [key for key in store.keys() if not key.startswith(("receipts/", "leases/"))]
+    keys = [key for key in store.keys("") if not key.startswith(("receipts/", "leases/"))]
     return [] if store.exists(ATTEMPT_KEY) else keys

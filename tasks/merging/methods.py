@@ -5,12 +5,9 @@ Inputs are ordered oldest to newest, i = 1..N (arXiv 2505.12082, Eq. 1).
 
 from __future__ import annotations
 
-from typing import Literal
-
 from configs.errors import UserError
 
-Method = Literal["sma", "wma", "ema"]
-METHODS: tuple[Method, ...] = ("sma", "wma", "ema")
+METHODS = ("sma", "wma", "ema")
 
 
 def build_weights(method: str, count: int, alpha: float | None = None) -> tuple[float, ...]:

@@ -42,6 +42,12 @@ def select_window(snapshots: Sequence[Snapshot], rule: WindowRule, end_step: int
         raise UserError(f"no snapshot at step {end_step}; there are {describe_steps(snapshots)}")
     assert end.manifest.tokens_seen is not None
     wanted = [end.manifest.tokens_seen - i * rule.interval_tokens for i in reversed(range(rule.count))]
+    if wanted[0] <= 0:
+        fits = (end.manifest.tokens_seen - 1) // rule.interval_tokens + 1
+        raise UserError(
+            f"a window of {rule.count} snapshots every {rule.interval_tokens} tokens does not fit before step {end.step} "
+            f"({end.manifest.tokens_seen} tokens): at most {fits} do; there are {describe_steps(snapshots)}"
+        )
     missing = [tokens for tokens in wanted if tokens not in by_tokens]
     if missing:
         raise UserError(

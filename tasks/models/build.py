@@ -22,6 +22,7 @@ def build_model_config(model: ModelConfig, sequence_length: int) -> PreTrainedCo
         "intermediate_size": model.intermediate_size,
         "max_position_embeddings": sequence_length,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rms_norm_eps": model.norm_epsilon,
         "initializer_range": model.initializer_range,
         "tie_word_embeddings": model.tie_embeddings,
         "bos_token_id": None,
@@ -56,4 +57,4 @@ def build_model(model: ModelConfig, sequence_length: int, *, seed: int | None = 
 
 
 def _architecture(config: PreTrainedConfig) -> str:
-    return AutoModelForCausalLM._model_mapping[type(config)].__name__
+    return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)

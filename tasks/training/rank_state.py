@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -115,6 +116,7 @@ def _write(store: Store, key: str, tensors: dict[str, torch.Tensor], part: str) 
     specs = [(name, "F32", tuple(tensors[name].shape)) for name in names]
 
     def chunks_of(entry: TensorEntry) -> list[memoryview]:
-        return [memoryview(tensors[entry.name].numpy().reshape(-1)).cast("B")]
+        flat: Any = tensors[entry.name].numpy().reshape(-1)
+        return [memoryview(flat).cast("B")]
 
     return write_shard(store, key, specs, chunks_of, "model" if part == "model" else "state")

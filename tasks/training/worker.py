@@ -96,7 +96,7 @@ class Worker:
         if self.config.model.is_moe and self.config.model.router_loss_coefficient:
             balance = load_balance_loss(outputs.router_logits, self.config.model.num_experts_per_token)
             objective = loss + self.config.model.router_loss_coefficient * balance
-        objective.backward()
+        torch.autograd.backward(objective)
         norm = self.model.gradient_norm()
         if training.max_gradient_norm is not None:
             self.model.clip_gradients(training.max_gradient_norm, norm)

@@ -1,0 +1,440 @@
+"""One driver at a time: who gets the lease, who loses it, and that nothing is published without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.errors import LeaseHeld, LeaseLost, StorageError
+from cluster.lease import (
+    EXPIRY_SECONDS,
+    RENEWAL_SECONDS,
+    Lease,
+    LeaseRecord,
+    check_token,
+    held_leases,
+    hold_lease,
+    is_free,
+    lease_key,
+    machine_identity,
+    read_record,
+)
+from cluster.storage import Store, open_store
+
+NAME = "run"
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Ticks:
+    """Stands in for the event that ends renewal: ``wait`` calls back instead of waiting, ``count`` times."""
+
+    def __init__(self, count: int, on_tick: Callable[[int], None]) -> None:
+        self.count = count
+        self.on_tick = on_tick
+        self.waited: list[float] = []
+
+    def wait(self, seconds: float) -> bool:
+        self.waited.append(seconds)
+        if len(self.waited) > self.count:
+            return True
+        self.on_tick(len(self.waited))
+        return False
+
+
+class BrokenStore:
+    """A store whose compare-and-swap fails, as when the network is away."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def replace(self, key: str, *_: bytes) -> bool:
+        raise StorageError(f"{key}: storage is away")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_store(str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def lease(store: Store, clock: Clock) -> Lease:
+    """A lease that is held."""
+    held = Lease(store, NAME, clock)
+    held.acquire()
+    return held
+
+
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def stored(store: Store) -> LeaseRecord:
+    return read_record(store.read(lease_key(NAME)))
+
+
+def write_record(store: Store, **changes: object) -> LeaseRecord:
+    """A lease of a living process on another machine, with ``changes``."""
+    record = LeaseRecord(
+        token="theirs",
+        owner="someone@elsewhere pid 7",
+        machine="elsewhere",
+        pid=7,
+        process_started=1.0,
+        expires_at=1_000_000.0 + EXPIRY_SECONDS,
+    )
+    record = dataclasses.replace(record, **changes)
+    store.put(lease_key(NAME), record.encode())
+    return record
+
+
+# Two holders
+
+
+def test_acquire_free_lease_is_held(store: Store, lease: Lease, clock: Clock) -> None:
+    record = stored(store)
+    assert (record.token, record.pid, record.released) == (lease.token, os.getpid(), False)
+    assert record.expires_at == clock.now + EXPIRY_SECONDS
+    lease.check()
+
+
+def test_acquire_held_lease_refused_naming_the_holder(store: Store, lease: Lease, clock: Clock) -> None:
+    with pytest.raises(LeaseHeld, match=f"pid {os.getpid()}.*expires in 30 s") as caught:
+        Lease(store, NAME, clock).acquire()
+    assert lease.token not in str(caught.value)
+    lease.check()
+
+
+def test_acquire_other_name_is_independent(store: Store, lease: Lease, clock: Clock) -> None:
+    Lease(store, "merge-x", clock).acquire()
+    lease.check()
+
+
+def test_acquire_same_lease_twice_refused(lease: Lease, clock: Clock) -> None:
+    clock.now += 1
+    with pytest.raises(LeaseHeld):
+        lease.acquire()
+
+
+def test_acquire_race_for_a_free_lease_has_one_winner(tmp_path: Path, clock: Clock, frequent_switches: None) -> None:
+    for number in range(5):
+        require_one_winner(open_store(str(tmp_path / str(number))), clock)
+
+
+def test_acquire_race_for_an_expired_lease_has_one_winner(store: Store, clock: Clock, frequent_switches: None) -> None:
+    for _ in range(5):
+        write_record(store, expires_at=clock.now)
+        require_one_winner(store, clock)
+
+
+def require_one_winner(store: Store, clock: Clock, racers: int = 4) -> None:
+    leases = [Lease(store, NAME, clock) for _ in range(racers)]
+    start = threading.Barrier(racers)
+
+    def acquire(lease: Lease) -> bool:
+        start.wait()
+        try:
+            lease.acquire()
+        except LeaseHeld:
+            return False
+        return True
+
+    with ThreadPoolExecutor(racers) as pool:
+        winners = [lease for lease, won in zip(leases, pool.map(acquire, leases), strict=True) if won]
+    assert len(winners) == 1
+    winners[0].check()
+
+
+# Expiry and take-over
+
+
+def test_acquire_shortly_before_expiry_refused(store: Store, clock: Clock) -> None:
+    held = write_record(store)
+    clock.now = held.expires_at - 0.001
+    with pytest.raises(LeaseHeld, match="someone@elsewhere"):
+        Lease(store, NAME, clock).acquire()
+
+
+def test_acquire_at_expiry_taken_over(store: Store, clock: Clock) -> None:
+    held = write_record(store)
+    clock.now = held.expires_at
+    lease = Lease(store, NAME, clock)
+    lease.acquire()
+    assert stored(store).token == lease.token
+
+
+def test_take_over_old_holder_fails_closed(store: Store, lease: Lease, clock: Clock) -> None:
+    clock.now += EXPIRY_SECONDS
+    newer = Lease(store, NAME, clock)
+    newer.acquire()
+    with pytest.raises(LeaseLost, match="nothing was published"):
+        lease.check()
+    with pytest.raises(LeaseLost, match="taken over"):
+        lease.renew()
+    lease.release()
+    newer.check()
+
+
+def test_check_token_in_a_worker_fails_closed(store: Store, lease: Lease) -> None:
+    check_token(store, NAME, lease.token)
+    for token in ("", "other", lease.token.upper() + "x"):
+        with pytest.raises(LeaseLost):
+            check_token(store, NAME, token)
+
+
+def test_check_missing_object_fails_closed(store: Store, lease: Lease) -> None:
+    store.delete(lease_key(NAME))
+    with pytest.raises((LeaseLost, StorageError)):
+        lease.check()
+
+
+# BUG: Lease.check promises LeaseLost "unless the stored token is ours and unexpired"; expiry is not looked at, so a
+# driver that slept past it still publishes, at the very moment when another may take over.
+@pytest.mark.xfail(strict=True, reason="BUG: check does not look at the expiry that its docstring names")
+def test_check_own_expired_lease_fails_closed(lease: Lease, clock: Clock) -> None:
+    clock.now += EXPIRY_SECONDS
+    with pytest.raises(LeaseLost):
+        lease.check()
+
+
+def test_renew_pushes_the_expiry_out(store: Store, lease: Lease, clock: Clock) -> None:
+    clock.now += RENEWAL_SECONDS
+    lease.renew()
+    assert stored(store).expires_at == clock.now + EXPIRY_SECONDS
+    lease.check()
+
+
+def test_renew_never_acquired_refused(store: Store, clock: Clock) -> None:
+    with pytest.raises(LeaseLost):
+        Lease(store, NAME, clock).renew()
+
+
+# Release
+
+
+def test_release_lease_is_free_at_once(store: Store, lease: Lease, clock: Clock) -> None:
+    lease.release()
+    with pytest.raises(LeaseLost):
+        lease.check()
+    newer = Lease(store, NAME, clock)
+    newer.acquire()
+    newer.check()
+
+
+def test_release_twice_leaves_the_next_holder_alone(store: Store, lease: Lease, clock: Clock) -> None:
+    lease.release()
+    newer = Lease(store, NAME, clock)
+    newer.acquire()
+    lease.release()
+    newer.check()
+
+
+# Processes that are gone
+
+
+def test_acquire_dead_local_process_taken_over_at_once(tmp_path: Path) -> None:
+    script = (
+        "import sys; from cluster.lease import Lease; from cluster.storage import open_store; "
+        f"Lease(open_store(sys.argv[1]), {NAME!r}).acquire()"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
+    store = open_store(str(tmp_path))
+    left_behind = stored(store)
+    assert not psutil.pid_exists(left_behind.pid)
+    lease = Lease(store, NAME, lambda: left_behind.expires_at - EXPIRY_SECONDS)
+    lease.acquire()
+    lease.check()
+
+
+def test_acquire_zombie_process_taken_over(store: Store, clock: Clock) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        record = write_record(
+            store, machine=machine_identity(), pid=child.pid, process_started=psutil.Process(child.pid).create_time()
+        )
+        assert not is_free(record, clock.now)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert is_free(record, clock.now)
+        Lease(store, NAME, clock).acquire()
+
+
+def test_is_free_living_process_of_this_machine_is_not(clock: Clock, store: Store) -> None:
+    started = psutil.Process().create_time()
+    record = write_record(store, machine=machine_identity(), pid=os.getpid(), process_started=started)
+    assert not is_free(record, clock.now)
+
+
+def test_is_free_recycled_pid_is(clock: Clock, store: Store) -> None:
+    record = write_record(store, machine=machine_identity(), pid=os.getpid(), process_started=12.0)
+    assert is_free(record, clock.now)
+
+
+def test_is_free_dead_pid_of_another_machine_is_not(clock: Clock, store: Store) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+    assert not is_free(write_record(store, pid=child.pid), clock.now)
+
+
+# Damaged objects
+
+WHOLE = dataclasses.asdict(
+    LeaseRecord(token="t", owner="o", machine="m", pid=1, process_started=1.0, expires_at=2_000_000.0)
+)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not JSON",
+        b"\xff\xfe\x00",
+        b"[]",
+        b"null",
+        b"{}",
+        json.dumps({key: value for key, value in WHOLE.items() if key != "token"}).encode(),
+        json.dumps({**WHOLE, "unheard_of": 1}).encode(),
+    ],
+    ids=["empty", "text", "binary", "list", "null", "no fields", "field missing", "field unknown"],
+)
+def test_damaged_object_named_by_every_reader(store: Store, clock: Clock, data: bytes) -> None:
+    require_damage_is_named(store, clock, data)
+
+
+# BUG: read_record checks the names of fields, not their types; is_free then compares text with numbers and raises
+# TypeError, or psutil does.
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="BUG: wrong types in a lease escape as TypeError")
+@pytest.mark.parametrize("change", [{"expires_at": "soon"}, {"expires_at": None}])
+def test_damaged_object_wrong_types_named(store: Store, clock: Clock, change: dict[str, object]) -> None:
+    require_damage_is_named(store, clock, json.dumps({**WHOLE, **change}).encode())
+
+
+def require_damage_is_named(store: Store, clock: Clock, data: bytes) -> None:
+    store.put(lease_key(NAME), data)
+    for read in (
+        lambda: Lease(store, NAME, clock).acquire(),
+        lambda: held_leases(store, clock.now),
+        lambda: check_token(store, NAME, "t"),
+    ):
+        with pytest.raises(StorageError, match="damaged"):
+            read()
+    assert store.read(lease_key(NAME)) == data
+
+
+# Status
+
+
+def test_held_leases_lists_only_those_in_force(store: Store, lease: Lease, clock: Clock) -> None:
+    released = Lease(store, "released", clock)
+    released.acquire()
+    released.release()
+    store.put(lease_key("expired"), dataclasses.replace(stored(store), expires_at=clock.now).encode())
+    clock.now += 10
+    assert held_leases(store, clock.now) == [
+        {"name": NAME, "owner": stored(store).owner, "expires_in_seconds": EXPIRY_SECONDS - 10}
+    ]
+    assert lease.token not in json.dumps(held_leases(store, clock.now))
+
+
+def test_held_leases_run_without_leases_is_empty(store: Store, clock: Clock) -> None:
+    assert held_leases(store, clock.now) == []
+
+
+# The block
+
+
+def test_hold_lease_block_holds_and_releases(store: Store, clock: Clock) -> None:
+    with hold_lease(store, NAME, clock=clock) as lease:
+        lease.check()
+        with pytest.raises(LeaseHeld), hold_lease(store, NAME, clock=clock):
+            pass
+        lease.check()
+    assert stored(store).released
+    assert f"lease-{NAME}" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_hold_lease_exception_in_the_block_releases(store: Store, clock: Clock) -> None:
+    with pytest.raises(RuntimeError, match="on purpose"), hold_lease(store, NAME, clock=clock):
+        raise RuntimeError("on purpose")
+    assert stored(store).released
+
+
+def test_renewal_runs_until_stopped(store: Store, lease: Lease, clock: Clock) -> None:
+    lost: list[str] = []
+
+    def advance(_: int) -> None:
+        clock.now += RENEWAL_SECONDS
+
+    ticks = Ticks(5, advance)
+    lease.renew_until(ticks, lambda: lost.append("lost"))
+    assert ticks.waited == [RENEWAL_SECONDS] * 6
+    assert stored(store).expires_at == clock.now + EXPIRY_SECONDS
+    assert not lost
+
+
+def test_renewal_after_take_over_says_lost_and_ends(store: Store, lease: Lease, clock: Clock) -> None:
+    lost: list[str] = []
+
+    def take_over(tick: int) -> None:
+        if tick == 2:
+            write_record(store)
+
+    ticks = Ticks(9, take_over)
+    lease.renew_until(ticks, lambda: lost.append("lost"))
+    assert (len(ticks.waited), lost, stored(store).token) == (2, ["lost"], "theirs")
+
+
+def test_renewal_storage_away_retried_until_the_expiry_passed(store: Store, lease: Lease, clock: Clock) -> None:
+    lost_at: list[float] = []
+    began = clock.now
+    lease.store = BrokenStore(store)
+
+    def advance(_: int) -> None:
+        clock.now += RENEWAL_SECONDS
+
+    lease.renew_until(Ticks(9, advance), lambda: lost_at.append(clock.now - began))
+    # Three renewals in 30 s fail within the expiry; the one at 40 s is past it.
+    assert lost_at == [EXPIRY_SECONDS + RENEWAL_SECONDS]
+
+
+def test_renewal_storage_back_in_time_goes_on(store: Store, lease: Lease, clock: Clock) -> None:
+    lost: list[str] = []
+
+    def advance(tick: int) -> None:
+        clock.now += RENEWAL_SECONDS
+        lease.store = BrokenStore(store) if tick <= 2 else store
+
+    lease.renew_until(Ticks(4, advance), lambda: lost.append("lost"))
+    assert not lost
+    assert stored(store).expires_at == clock.now + EXPIRY_SECONDS
