@@ -14,6 +14,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from configs.errors import UserError
+from configs.urls import require_no_credentials
 
 CREATE_IF_ABSENT_SCHEMES = ("memory", "s3")
 
@@ -127,13 +128,8 @@ def scheme_of(url: str) -> str:
     """``file`` for paths; refuses URLs with credentials inside, without repeating them."""
     if "://" not in url:
         return "file"
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query:
-        raise UserError(
-            f"a {parts.scheme}:// URL with credentials or a query inside is refused; "
-            "put credentials into the environment (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
-        )
-    return parts.scheme
+    require_no_credentials(url, "storage URL")
+    return urlsplit(url).scheme
 
 
 def local_path(url: str) -> Path:

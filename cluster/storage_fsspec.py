@@ -115,6 +115,9 @@ class FsspecStore(Store):
             try:
                 file.close()
             except OSError as error:
+                # A refused completion leaves the uploaded parts, which would be paid for.
+                file.discard()
+                file.closed = True
                 if _is_precondition_failure(error):
                     raise ObjectExists(f"{self.url}/{key} exists already") from error
                 raise

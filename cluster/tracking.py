@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from cluster.storage import scheme_of
+from configs.urls import require_no_credentials
 
 # Read by MLflow when it is imported. One synchronous call to a dead server blocks minutes by default.
 BOUNDS = {
@@ -46,7 +47,7 @@ class Tracker:
     """One MLflow experiment."""
 
     def __init__(self, uri: str, experiment: str, artifact_location: str | None = None) -> None:
-        scheme_of(uri)  # refuses credentials in the URI
+        require_no_credentials(uri, "tracking URI")
         for key, value in BOUNDS.items():
             os.environ.setdefault(key, value)
         self.uri = uri

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from configs.errors import ConfigError
+from configs.urls import require_no_credentials
 
 MOE_FAMILIES = ("qwen3_moe",)
 DENSE_FAMILIES = ("llama", "qwen3")
@@ -111,6 +112,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "data.sources", list(self.sources), "name at least one URL")
+        for source in self.sources:
+            require_no_credentials(source, "data.sources")
         require(
             0 < self.held_out_fraction < 1,
             "data.held_out_fraction",
@@ -320,6 +323,10 @@ class TrackingConfig:
     """MLflow experiment name."""
     registered_model: str | None = execution(None)
     """Registered model that receives merged checkpoints; null means ``pmaflow-<config name>``."""
+
+    def __post_init__(self) -> None:
+        if self.uri is not None:
+            require_no_credentials(self.uri, "tracking.uri")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,6 +178,7 @@ class TrackingThread:
         self.forwarder = open_forwarder(run, config)
         self._stop = threading.Event()
         self._warned = False
+        self._completed = False
         self._last_word: tuple[str, Manifest] | None = None
         self._thread = threading.Thread(target=self._loop, daemon=True, name="tracking")
 
@@ -193,6 +194,7 @@ class TrackingThread:
         """Send the rest, waiting no longer than ``deadline_seconds``; the rest of the rest waits in the run folder."""
         if self.forwarder is None:
             return
+        self._completed = True
         self._stop.set()
         self._thread.join(deadline_seconds)
         if self._thread.is_alive() or self.forwarder.lag():
@@ -214,8 +216,9 @@ class TrackingThread:
         assert self.forwarder is not None
         try:
             self.forwarder.forward()
-            if self._stop.is_set() and self._last_word is not None:
+            if self._completed and self._last_word is not None:
                 self.forwarder.register(*self._last_word)
+            if self._completed:
                 self.forwarder.finish("FINISHED")
             self._warned = False
         except TrackingAway as error:

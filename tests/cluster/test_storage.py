@@ -93,6 +93,16 @@ def test_create_existing_key_refused_and_untouched(store: Store) -> None:
     assert len(every_path_below(store)) == 1
 
 
+# BUG: FsspecStore.create takes equal bytes for its own retried write, on memory:// too, where no response can get
+# lost; the contract of Store.create knows no such exception.
+def test_create_existing_key_with_equal_bytes_refused(store: Store, request: pytest.FixtureRequest) -> None:
+    if not is_shared_with_workers(store):
+        request.applymarker(pytest.mark.xfail(strict=True, reason="BUG: equal bytes count as created on memory://"))
+    store.create("key", b"bytes")
+    with pytest.raises(ObjectExists):
+        store.create("key", b"bytes")
+
+
 def test_create_race_local_has_one_winner(tmp_path: Path, frequent_switches: None) -> None:
     require_one_winner_of_create(open_store(str(tmp_path)))
 

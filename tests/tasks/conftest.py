@@ -103,4 +103,4 @@ def _write(store: Store, key: str, tensors: Tensors, part: Any) -> Any:
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """Little-endian row-major bytes of a tensor."""
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

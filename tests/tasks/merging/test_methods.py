@@ -1,0 +1,112 @@
+"""Merge weights against the paper's vectors and against the recursion by brute force."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.errors import UserError
+from tasks.merging.methods import METHODS, build_weights
+
+PRINTED = 0.5e-4
+"""The vectors are known to four decimals."""
+FLOAT64 = 1e-12
+"""Products of at most 60 factors in float64, each within 2**-53: far below."""
+HYPOTHESIS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+# Oldest to newest for N = 10: arXiv 2505.12082, Eq. 3 and 5, and Eq. 4 as the recursion started at M(1) = M_1.
+PAPER = {
+    ("sma", None): [0.1] * 10,
+    ("wma", None): [0.0182, 0.0364, 0.0545, 0.0727, 0.0909, 0.1091, 0.1273, 0.1455, 0.1636, 0.1818],
+    ("ema", 0.2): [0.1342, 0.0336, 0.0419, 0.0524, 0.0655, 0.0819, 0.1024, 0.1280, 0.1600, 0.2000],
+    ("ema", 0.1): [0.3874, 0.0430, 0.0478, 0.0531, 0.0590, 0.0656, 0.0729, 0.0810, 0.0900, 0.1000],
+}
+# Mean age in units of V, and 1 / sum of squares.
+SPREAD = {
+    ("sma", None): (4.50, 10.0),
+    ("wma", None): (3.00, 7.86),
+    ("ema", 0.2): (3.46, 7.87),
+    ("ema", 0.1): (5.51, 5.13),
+}
+RULES = list(PAPER)
+
+
+@pytest.mark.parametrize(("method", "alpha"), RULES)
+def test_weights_of_ten_are_the_papers(method: str, alpha: float | None) -> None:
+    assert build_weights(method, 10, alpha) == pytest.approx(PAPER[method, alpha], abs=PRINTED)
+
+
+@pytest.mark.parametrize(("method", "alpha"), RULES)
+def test_weights_of_ten_have_the_papers_age_and_effective_number(method: str, alpha: float | None) -> None:
+    weights = build_weights(method, 10, alpha)
+    age = sum(w * (9 - i) for i, w in enumerate(weights))
+    effective = 1 / sum(w * w for w in weights)
+    assert (age, effective) == pytest.approx(SPREAD[method, alpha], abs=0.5e-2)  # printed to two decimals
+
+
+@HYPOTHESIS
+@given(
+    values=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40),
+    alpha=st.floats(0.0, 1.0, exclude_min=True),
+)
+def test_weights_ema_is_the_recursion_by_brute_force(values: list[float], alpha: float) -> None:
+    merged = values[0]
+    for value in values[1:]:
+        merged = alpha * value + (1 - alpha) * merged
+    weights = build_weights("ema", len(values), alpha)
+    scale = max(map(abs, values))
+    assert math.fsum(w * v for w, v in zip(weights, values, strict=True)) == pytest.approx(merged, abs=FLOAT64 * scale)
+
+
+def test_weights_wma_grow_by_equal_steps_from_oldest_to_newest() -> None:
+    weights = build_weights("wma", 4)
+    assert weights == pytest.approx([0.1, 0.2, 0.3, 0.4], rel=FLOAT64)
+
+
+def test_weights_ema_alpha_one_is_the_newest_alone() -> None:
+    assert build_weights("ema", 4, 1.0) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("method", "alpha"), RULES)
+def test_weights_of_one_input_are_one(method: str, alpha: float | None) -> None:
+    assert build_weights(method, 1, alpha) == (1.0,)
+
+
+@pytest.mark.parametrize("method", ["sma", "wma"])
+def test_weights_alpha_is_of_no_account_to_other_methods(method: str) -> None:
+    assert build_weights(method, 5, 0.7) == build_weights(method, 5)
+
+
+@HYPOTHESIS
+@given(
+    method=st.sampled_from(METHODS),
+    count=st.integers(1, 60),
+    alpha=st.floats(0.0, 1.0, exclude_min=True),
+)
+def test_weights_sum_to_one_and_none_is_negative(method: str, count: int, alpha: float) -> None:
+    weights = build_weights(method, count, alpha)
+    assert len(weights) == count
+    assert all(weight >= 0 for weight in weights)
+    assert math.fsum(weights) == pytest.approx(1.0, abs=FLOAT64)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, -0.1, 1.0001, 2.0, math.nan, math.inf])
+def test_weights_ema_alpha_outside_its_range_refused(alpha: float | None) -> None:
+    with pytest.raises(UserError, match=r"method ema needs alpha in \(0, 1\]"):
+        build_weights("ema", 3, alpha)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_empty_window_refused(method: str, count: int) -> None:
+    with pytest.raises(UserError, match=f"at least one input, got {count}"):
+        build_weights(method, count, 0.5)
+
+
+@pytest.mark.parametrize("method", ["SMA", "mean", ""])
+def test_weights_unknown_method_refused_with_the_known_ones(method: str) -> None:
+    with pytest.raises(UserError, match=f"'{method}' is not known; known: sma, wma, ema"):
+        build_weights(method, 3)
