@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.storage import open_store
 from configs.errors import UserError
 from configs.schema import Config, DataConfig, MergeConfig
 from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest

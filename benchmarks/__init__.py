@@ -1,0 +1,1 @@
+"""Performance targets, measured side by side; nothing here runs in the test suite."""
