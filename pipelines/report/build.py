@@ -25,26 +25,40 @@ CSS = (Path(__file__).parent / "report.css").read_text()
 def write_report(run_url: str) -> str:
     """Write the report into the run folder, hand a copy to MLflow if it answers, and return its URL."""
     run = RunFolder(run_url)
-    page = render(gather(run_url))
+    data = gather(run_url)
+    charts = draw(data)
+    page = render(data, charts)
     run.store.put(REPORT_KEY, page.encode())
     forwarder = open_forwarder(run, run.identity().config)
     if forwarder is not None:
         try:
             forwarder.forward()
             forwarder.log_artifact(page, REPORT_KEY)
+            for name, svg in charts.items():
+                forwarder.log_artifact(svg, f"charts/{name}.svg")
         except TrackingAway:
             pass  # the report is in the run folder; pma status shows the lag
     return f"{run.url}/{REPORT_KEY}"
 
 
-def render(data: ReportData) -> str:
+def draw(data: ReportData) -> dict[str, str]:
+    """The charts, as SVG by name; dense models have no router."""
+    charts = {
+        "held-out-loss": held_out_chart(data),
+        "training": training_chart(data),
+        "router-health": router_chart(data),
+    }
+    return {name: svg for name, svg in charts.items() if svg}
+
+
+def render(data: ReportData, charts: dict[str, str]) -> str:
     """The page."""
-    router = router_chart(data)
+    router = charts.get("router-health")
     sections = [
         _section("What was found", _findings(data)),
-        _section("Held-out loss", held_out_chart(data) + _caption(_held_out_caption(data))),
+        _section("Held-out loss", charts["held-out-loss"] + _caption(_held_out_caption(data))),
         _section("How many snapshots to merge", _comparison_table(data)),
-        _section("Training", training_chart(data) + _caption("Means over short stretches of steps.")),
+        _section("Training", charts["training"] + _caption("Means over short stretches of steps.")),
         _section(
             "Router health", router + _caption("Per layer, over the global batch. A collapse in one layer shows here.")
         )
