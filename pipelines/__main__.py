@@ -153,6 +153,20 @@ def evaluate(urls: tuple[str, ...], run_url: str | None, as_json: bool, debug: b
 
 
 @cli.command()
+@click.argument("url", metavar="URL")
+@common
+def verify(url: str, as_json: bool, debug: bool) -> int:
+    """Check a checkpoint against its manifest and a merge against its inputs."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.verify import verify as story
+
+        return story(url)
+
+    return run_command(work, render_verification, as_json=as_json, debug=debug)
+
+
+@cli.command()
 @click.option("--run", "run_url", required=True, metavar="URL", help="Run folder.")
 @common
 def status(run_url: str, as_json: bool, debug: bool) -> int:
@@ -260,6 +274,15 @@ def render_merge(result: dict[str, Any]) -> str:
 def render_evaluation(result: dict[str, Any]) -> str:
     """Held-out losses for people."""
     return "\n".join(f"{row['loss']:.4f}  {row['url']}" for row in result["results"])
+
+
+def render_verification(result: dict[str, Any]) -> str:
+    """A verification for people."""
+    lines = [f"{'holds' if check['ok'] else 'FAILS':<6}{name}" for name, check in result["checks"].items()]
+    lines += [f"  {problem}" for problem in result["problems"]]
+    return "\n".join(
+        [*lines, f"{result['url']}: {'verified' if result['ok'] else 'NOT as stated'}, digest {result['digest']}"]
+    )
 
 
 def render_status(result: dict[str, Any]) -> str:

@@ -16,7 +16,10 @@ Render = Callable[[dict[str, Any]], str]
 
 
 def run_command(work: Callable[[], dict[str, Any]], render: Render, *, as_json: bool, debug: bool) -> int:
-    """Do ``work``, print its result, and turn errors into messages and exit codes."""
+    """Do ``work``, print its result, and turn errors into messages and exit codes.
+
+    A result whose ``ok`` is False (a check that found something) is printed and ends with 1.
+    """
     configure_process()
     answer = reserve_stdout()
     try:
@@ -31,7 +34,7 @@ def run_command(work: Callable[[], dict[str, Any]], render: Render, *, as_json: 
         report_failure(type(error).__name__, str(error), answer if as_json else None)
         return exit_code_of(error)
     print(json.dumps(result, allow_nan=False) if as_json else render(result), file=answer, flush=True)
-    return EXIT_DONE
+    return EXIT_FAILED if result.get("ok") is False else EXIT_DONE
 
 
 def reserve_stdout() -> TextIO:

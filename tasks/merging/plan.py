@@ -15,6 +15,7 @@ from typing import Any
 from configs.errors import UserError
 from tasks.checkpoints.digest import fingerprint
 from tasks.checkpoints.groups import group_names
+from tasks.checkpoints.manifest import Merge
 from tasks.checkpoints.reader import Checkpoint, TensorPlace
 from tasks.checkpoints.safetensors_header import tensor_bytes
 from tasks.merging.kernel import FLOAT_DTYPES
@@ -272,6 +273,11 @@ def _cut(names: Sequence[str], tensors: Mapping[str, PlannedTensor], shard_bytes
         units[-1].append(name)
         load += size
     return units
+
+
+def merge_identity(merge: Merge, inputs: Sequence[Checkpoint]) -> str:
+    """What :func:`plan_merge` would give a merge with the weights and dtypes of ``merge`` from ``inputs`` as they are now."""
+    return _identity(inputs, merge.weights, merge.dtypes)
 
 
 def _identity(inputs: Sequence[Checkpoint], weights: Sequence[float], dtypes: Mapping[str, str]) -> str:

@@ -1,0 +1,21 @@
+"""Prove a checkpoint again, as ``pma verify`` does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.merging.verify import verify_checkpoint
+
+
+def verify(url: str) -> dict[str, Any]:
+    """The fields of ``pma verify --json``; ``ok`` is False if any check found a problem."""
+    found = verify_checkpoint(url)
+    return {
+        "url": url,
+        "ok": not found.problems,
+        "digest": found.digest,
+        "checks": {
+            name: {"ok": not problems, "reason": "; ".join(problems) or None} for name, problems in found.checks.items()
+        },
+        "problems": found.problems,
+    }
