@@ -206,6 +206,12 @@ def _check_sample(store: Store, manifest: Manifest, merge: Merge) -> Iterator[st
         yield from _compare(name, start, stored, terms, entry.dtype)
 
 
+def _is_comparable(entry: TensorEntry, place: TensorPlace | None) -> bool:
+    if place is None or place.entry.shape != entry.shape:
+        return False
+    return entry.dtype in OUTPUT_EPSILON and place.entry.dtype in OUTPUT_EPSILON
+
+
 def _compare(
     name: str, start: int, stored: NDArray[np.float64], terms: list[NDArray[np.float64]], dtype: str
 ) -> Iterator[str]:
