@@ -23,6 +23,7 @@ import psutil
 
 from cluster.errors import LeaseHeld, LeaseLost, ObjectExists, StorageError
 from cluster.storage import Store
+from configs.typed import parse_record
 
 EXPIRY_SECONDS = 30.0
 RENEWAL_SECONDS = 10.0
@@ -113,7 +114,7 @@ class Lease:
 
     def check(self) -> None:
         """Fail closed: :class:`LeaseLost` unless the stored token is ours and unexpired."""
-        check_token(self.store, self.name, self.token)
+        check_token(self.store, self.name, self.token, self.clock())
 
     def release(self) -> None:
         """Give the lease back; a lost one is left alone."""
@@ -157,17 +158,22 @@ class Lease:
         )
 
 
-def check_token(store: Store, name: str, token: str) -> None:
-    """Raise :class:`LeaseLost` unless the lease ``name`` still carries ``token``."""
+def check_token(store: Store, name: str, token: str, now: float) -> None:
+    """Raise :class:`LeaseLost` unless the lease ``name`` still carries ``token`` and has not expired at ``now``."""
     current = read_record(store.read(lease_key(name)))
     if current.token != token or current.released:
         raise LeaseLost(f"lease {name!r} of {store.url} now belongs to {current.owner}; nothing was published")
+    if now >= current.expires_at:
+        raise LeaseLost(
+            f"lease {name!r} of {store.url} expired {now - current.expires_at:.0f} s ago without being renewed; "
+            "nothing was published"
+        )
 
 
 def read_record(data: bytes) -> LeaseRecord:
     """Parse a lease object."""
     try:
-        return LeaseRecord(**json.loads(data))
+        return parse_record(LeaseRecord, json.loads(data))
     except (ValueError, TypeError) as error:
         raise StorageError(f"a lease object is damaged ({error}); remove it once no driver is running") from error
 

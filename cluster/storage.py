@@ -6,16 +6,18 @@ and :mod:`cluster.storage_fsspec` for every other scheme that can create-if-abse
 
 from __future__ import annotations
 
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from configs.errors import UserError
 from configs.urls import require_no_credentials
 
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}")
 CREATE_IF_ABSENT_SCHEMES = ("memory", "s3")
 
 
@@ -129,12 +131,21 @@ def scheme_of(url: str) -> str:
     if "://" not in url:
         return "file"
     require_no_credentials(url, "storage URL")
-    return urlsplit(url).scheme
+    scheme, _, rest = url.partition("://")
+    if scheme != "file" and not rest.strip("/"):
+        raise UserError(f"{url}: a {scheme}:// URL needs a bucket or folder after the slashes")
+    if scheme == "s3" and not _BUCKET.fullmatch(rest.split("/")[0]):
+        raise UserError(f"{url}: {rest.split('/')[0]!r} cannot be the name of a bucket")
+    return scheme
 
 
 def local_path(url: str) -> Path:
     """Absolute path of a local URL."""
-    return Path(urlsplit(url).path if url.startswith("file://") else url).expanduser().absolute()
+    path = url.removeprefix("file://")
+    if url.startswith("file://") and not path.startswith("/"):
+        raise UserError(f"{url}: a file:// URL needs an absolute path, as in file:///data/run")
+    # Normalised, so that one folder has one name.
+    return Path(os.path.abspath(Path(path).expanduser()))
 
 
 def is_shared_with_workers(store: Store) -> bool:

@@ -86,6 +86,10 @@ class FsspecStore(Store):
             self.fs.pipe_file(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> None:
+        if self.scheme == "memory":
+            with _memory_guard:
+                self._create_in_memory(key, data)
+            return
         with self._mapped_errors(key):
             try:
                 self.fs.pipe_file(self._path(key), data, mode="create")
@@ -101,8 +105,7 @@ class FsspecStore(Store):
         if self.scheme == "memory":
             buffer = io.BytesIO()
             yield buffer
-            with _memory_guard:
-                self.create(key, buffer.getvalue())
+            self.create(key, buffer.getvalue())
             return
         with self._mapped_errors(key):
             file = self.fs.open(self._path(key), "xb", block_size=STREAM_BLOCK_BYTES)
@@ -148,6 +151,12 @@ class FsspecStore(Store):
         except ObjectMissing:
             return
 
+    def _create_in_memory(self, key: str, data: bytes) -> None:
+        # fsspec checks and writes in two steps; the caller holds the guard.
+        if self.fs.exists(self._path(key)):
+            raise ObjectExists(f"{self.url}/{key} exists already")
+        self.fs.pipe_file(self._path(key), data)
+
     def _path(self, key: str) -> str:
         if ".." in key.split("/") or key.startswith("/"):
             raise StorageError(f"key {key!r} leaves its folder {self.url}")
@@ -186,7 +195,7 @@ def expand(url: str) -> Iterator[str]:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"data source {url!r} cannot be listed: {error}") from error
     prefix = "" if scheme == "file" else f"{scheme}://"
-    return iter(sorted(f"{prefix}{name}" for name in found))
+    return iter(sorted(name if scheme == "file" else f"{prefix}{name.lstrip('/')}" for name in found))
 
 
 def read_file(url: str) -> bytes:

@@ -64,7 +64,7 @@ class LocalStore(Store):
         try:
             with os.scandir(self._path(prefix)) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def put(self, key: str, data: bytes) -> None:
@@ -92,6 +92,8 @@ class LocalStore(Store):
             _flush_folder(path.parent)
 
     def replace(self, key: str, data: bytes, expected: bytes) -> bool:
+        if self.read_if_present(key) != expected:
+            return False
         guard = self._path(f"{key}.guard{PARTIAL_SUFFIX}")
         with _mapped_errors(guard), open(guard, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -106,7 +108,7 @@ class LocalStore(Store):
 
     def _path(self, key: str) -> Path:
         path = self.root / key
-        if ".." in Path(key).parts or Path(key).is_absolute():
+        if ".." in Path(key).parts or Path(key).is_absolute() or "\0" in key:
             raise StorageError(f"key {key!r} leaves its folder {self.root}")
         return path
 

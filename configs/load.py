@@ -100,6 +100,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    except OSError as error:  # OmegaConf's answer to a file that is a single value
+        raise ConfigError(f"{path}: expected keys and values at top level: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values at top level, got {type(values).__name__}")
     return {str(key): value for key, value in values.items()}

@@ -7,6 +7,7 @@ two invocations of the same run.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,8 +69,12 @@ class ModelConfig:
     """How transformers computes experts; both give the same function."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "head_size"):
-            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "needs a positive number")
+        for name in (
+            "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "head_size", "intermediate_size",
+            "expert_intermediate_size", "rope_theta", "norm_epsilon", "initializer_range",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(value > 0 and math.isfinite(value), f"model.{name}", value, "needs a positive number")
         require(
             self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads == 0,
             "model.num_key_value_heads",
@@ -223,7 +228,9 @@ class ScheduleConfig:
     """Learning rate at the end of the decay, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        require(self.peak_learning_rate > 0, "schedule.peak_learning_rate", self.peak_learning_rate, "above 0")
+        require(
+            0 < self.peak_learning_rate < math.inf, "schedule.peak_learning_rate", self.peak_learning_rate, "above 0"
+        )
         require(self.warmup_tokens >= 0, "schedule.warmup_tokens", self.warmup_tokens, "0 or more")
         require(self.decay_tokens >= 0, "schedule.decay_tokens", self.decay_tokens, "0 or more")
         require(

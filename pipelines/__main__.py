@@ -97,8 +97,12 @@ def anneal(run_url: str, from_step: int, tokens: int | None, as_json: bool, debu
 @click.option("--inputs", multiple=True, metavar="URL...", help="Checkpoints, oldest first; all URLs that follow.")
 @click.argument("more_inputs", nargs=-1, metavar="")
 @click.option("--output", metavar="URL", help="Folder of the result.")
-@click.option("--method", default="sma", show_default=True, help="sma, wma or ema.")
+@click.option(
+    "--method", default="sma", show_default=True, help="sma, wma, ema, wsm:linear, wsm:cosine, wsm:1-sqrt or weights."
+)
 @click.option("--alpha", type=float, help="For ema: weight of the newest, in (0, 1].")
+@click.option("--weights", metavar="w1,w2,...", help="For method weights: one per input, oldest first, summing to 1.")
+@click.option("--allow-unnormalised", is_flag=True, help="Accept --weights that do not sum to 1.")
 @click.option("--dtype", help="Output dtype, such as bfloat16; default the inputs' own.")
 @click.option("--workers", default="local", show_default=True, help="ray, local, or a number of local workers.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
@@ -113,6 +117,8 @@ def merge(
     output: str | None,
     method: str,
     alpha: float | None,
+    weights: str | None,
+    allow_unnormalised: bool,
     dtype: str | None,
     workers: str,
     dry_run: bool,
@@ -130,7 +136,7 @@ def merge(
             raise UserError(f"unexpected argument {more_inputs[0]!r}; checkpoints go after --inputs")
         request = MergeRequest(
             run=run_url, inputs=(*inputs, *more_inputs), count=count, interval_tokens=interval_tokens, end=end,
-            output=output, method=method, alpha=alpha, dtype=dtype, workers=workers,
+            output=output, method=method, alpha=alpha, weights=weights, allow_unnormalised=allow_unnormalised, dtype=dtype, workers=workers,
         )  # fmt: skip
         return story(request, dry_run=dry_run)
 

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.merging.merge import MergeReport, execute_merge, find_standing
-from tasks.merging.methods import build_weights
+from tasks.merging.methods import build_weights, check_weights
 from tasks.merging.plan import DTYPE_NAMES, MergePlan, MergeTask, plan_merge
 from tasks.merging.selection import WindowRule, select_window
 
@@ -45,6 +45,10 @@ class MergeRequest:
     """Merge method."""
     alpha: float | None
     """For ``ema``."""
+    weights: str | None
+    """Comma-separated, oldest first, for method ``weights``."""
+    allow_unnormalised: bool
+    """Accept explicit weights that do not sum to 1."""
     dtype: str | None
     """Output dtype; None keeps the inputs'."""
     workers: str
@@ -70,18 +74,32 @@ def build_plan(request: MergeRequest) -> MergePlan:
         raise UserError(f"--dtype {request.dtype!r} is not known; known: {', '.join(DTYPE_NAMES)}")
     if request.method == "ema" and request.alpha is None:
         raise UserError("--method ema needs --alpha in (0, 1]; the paper tries 0.1 and 0.2")
+    if (request.method == "weights") != (request.weights is not None):
+        raise UserError("--method weights and --weights w1,w2,... go together")
     urls, output = _window(request) if request.run else (list(request.inputs), request.output)
     if output is None:
         raise UserError("--output URL is needed with --inputs")
     inputs = [_open_input(url, output) for url in urls]
     return plan_merge(
         inputs,
-        build_weights(request.method, len(inputs), request.alpha),
+        _weights(request, len(inputs)),
         output_url=open_store(output).url,
         method=request.method,
         alpha=request.alpha if request.method == "ema" else None,
         dtype=request.dtype,
     )
+
+
+def _weights(request: MergeRequest, count: int) -> tuple[float, ...]:
+    if request.weights is None:
+        return build_weights(request.method, count, request.alpha)
+    try:
+        values = [float(text) for text in request.weights.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--weights {request.weights!r}: expected numbers with commas between, such as 0.2,0.3,0.5"
+        ) from None
+    return check_weights(values, count, allow_unnormalised=request.allow_unnormalised)
 
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:

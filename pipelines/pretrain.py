@@ -23,7 +23,9 @@ from pipelines.progress import Progress
 from pipelines.timing import timed
 from pipelines.tracking import TrackingThread
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, StartPoint
+from tasks.data.batches import num_windows
 from tasks.data.corpus import read_corpus
+from tasks.data.held_out import held_out_slices
 from tasks.merging.selection import due_windows
 
 logger = logging.getLogger(__name__)
@@ -108,8 +110,13 @@ def require_workable(run: RunFolder, config: Config) -> None:
     """Find the user's mistakes before anything starts: storage that workers cannot see, a corpus without text."""
     if not is_shared_with_workers(run.store):
         raise UserError(f"{run.url}: memory:// is seen by one process only; training needs a path or s3://")
-    for side in ("train", "held_out"):
-        read_corpus(config.data, "train" if side == "train" else "held_out")
+    text = read_corpus(config.data, "train")
+    if num_windows(len(text.tokens), config.training.sequence_length) < 1:
+        raise UserError(
+            f"data.sources hold {len(text.tokens)} training tokens, fewer than one sequence "
+            f"(training.sequence_length={config.training.sequence_length}); give more text"
+        )
+    held_out_slices(read_corpus(config.data, "held_out"), config)
 
 
 def is_trained(run: RunFolder, config: Config) -> bool:

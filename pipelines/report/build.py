@@ -119,7 +119,8 @@ def _comparison_table(data: ReportData) -> str:
 def _table_order(row: Evaluated) -> tuple[int, int]:
     merge = row.manifest.merge
     assert merge is not None
-    return METHODS.index(merge.method), len(merge.inputs)
+    known = METHODS.index(merge.method) if merge.method in METHODS else len(METHODS)
+    return known, len(merge.inputs)
 
 
 def _comparison_row(row: Evaluated, raw: Evaluated, best: float) -> list[str]:

@@ -39,5 +39,18 @@ def content_digest(tensors: Iterable[TensorEntry]) -> str:
 
 def fingerprint(value: Any) -> str:
     """BLAKE3 over canonical JSON; refuses what JSON cannot say exactly (no fallback to ``str``)."""
+    _require_text_keys(value)
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return digest_bytes(text.encode())
+
+
+def _require_text_keys(value: Any) -> None:
+    """JSON turns other keys into text in silence, so that different values would look alike."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"a fingerprint needs text as keys, got {key!r}")
+            _require_text_keys(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _require_text_keys(item)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.storage import Store
+from configs.typed import parse_record
 from tasks.checkpoints.digest import content_digest, digest_bytes, fingerprint
 from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry
 
@@ -186,15 +187,7 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
             )
         merge_fields = {item.name for item in dataclasses.fields(Merge)}
         merge = {key: values.pop(key) for key in merge_fields if key in values}
-        return Manifest(
-            **{
-                **values,
-                "shards": tuple(_parse_shard(item) for item in values["shards"]),
-                "files": tuple(SideFile(**item) for item in values["files"]),
-                "loss": LossStatistics(**values["loss"]) if values.get("loss") else None,
-                "merge": _parse_merge(merge) if merge else None,
-            }
-        )
+        return parse_record(Manifest, {**values, "merge": merge or None})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{url}: manifest is damaged: {type(error).__name__}: {error}") from error
 
@@ -203,13 +196,3 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
     """Manifest of the checkpoint at ``store`` and the BLAKE3 of its bytes."""
     data = store.read(MANIFEST_KEY)
     return parse_manifest(data, f"{store.url}/{MANIFEST_KEY}"), digest_bytes(data)
-
-
-def _parse_shard(item: dict[str, Any]) -> Shard:
-    tensors = tuple(TensorEntry(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in item["tensors"])
-    return Shard(**{**item, "tensors": tensors})
-
-
-def _parse_merge(values: dict[str, Any]) -> Merge:
-    inputs = tuple(MergeInput(**item) for item in values["inputs"])
-    return Merge(**{**values, "inputs": inputs, "weights": tuple(values["weights"])})

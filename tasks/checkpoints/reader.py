@@ -96,6 +96,8 @@ def _open_plain(store: Store) -> Checkpoint:
             places[entry.name] = TensorPlace(key=key, entry=entry)
     if missing := sorted(set(weight_map or {}) - places.keys()):
         raise CheckpointError(f"{store.url}: the index names tensors that no file holds: {', '.join(missing[:10])}")
+    if not places:
+        raise CheckpointError(f"{store.url}: a checkpoint without a single tensor")
     return Checkpoint(store=store, model=places, state={}, num_files=len(keys), manifest=None, manifest_digest=None)
 
 
@@ -113,5 +115,5 @@ def _parse_weight_map(store: Store, index: bytes) -> dict[str, str]:
 
 
 def _require_inside(store: Store, key: str) -> None:
-    if key.startswith("/") or ".." in key.split("/") or not key:
+    if key.startswith("/") or ".." in key.split("/") or not key or "\0" in key:
         raise CheckpointError(f"{store.url}: file name {key!r} leaves the checkpoint's folder")

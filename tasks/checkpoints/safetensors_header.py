@@ -47,6 +47,14 @@ class TensorEntry:
     digest: str = ""
     """BLAKE3 of the tensor's bytes; empty where it is not known yet."""
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"tensor {self.name!r}: dtype {self.dtype!r} is not known")
+        if self.offset < 0 or min(self.shape, default=0) < 0 or self.bytes != tensor_bytes(self.dtype, self.shape):
+            raise ValueError(
+                f"tensor {self.name!r}: {self.dtype} {list(self.shape)} at byte {self.offset} does not take {self.bytes} bytes"
+            )
+
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor."""
@@ -101,7 +109,7 @@ def build_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 
 def _parse_entries(url: str, text: bytes, *, data_start: int, file_bytes: int) -> list[TensorEntry]:
     try:
-        table = json.loads(text, object_pairs_hook=_refuse_duplicates(url))
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates(url))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{url}: header is not JSON: {error}") from error
     if not isinstance(table, dict):
@@ -121,10 +129,12 @@ def _parse_entries(url: str, text: bytes, *, data_start: int, file_bytes: int) -
 
 def _parse_entry(url: str, name: str, item: Any, data_start: int) -> TensorEntry:
     where = f"{url}: tensor {name!r}"
+    if not name.isprintable():
+        raise CheckpointError(f"{where}: a name of characters that cannot be printed or encoded")
     if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= item.keys():
         raise CheckpointError(f"{where}: entry needs dtype, shape and data_offsets")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{where}: dtype {dtype!r} is not known; known: {', '.join(DTYPE_BYTES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: shape {shape!r} or data_offsets {offsets!r} are not non-negative integers")

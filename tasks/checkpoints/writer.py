@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from cluster.errors import ObjectExists
@@ -50,19 +50,28 @@ def write_shard(
         return _write_shard(store, f"{stem}.{secrets.token_hex(4)}.safetensors", tensors, chunks_of, part)
 
 
-def write_side_file(store: Store, key: str, data: bytes) -> SideFile:
-    """Write a small object and describe it."""
-    store.put(key, data)
-    return SideFile(key=key, bytes=len(data), digest=digest_bytes(data))
+def write_side_files(
+    store: Store, contents: Mapping[str, bytes], shards: Iterable[Shard], check: Callable[[], None]
+) -> tuple[SideFile, ...]:
+    """Write the small files of a checkpoint and its index, and describe them.
+
+    ``check`` raises if the lease was lost. A folder that holds a manifest already is not touched.
+    """
+    check()
+    everything = {**contents, INDEX_KEY: build_index(shards)}
+    if not store.exists(MANIFEST_KEY):
+        for key, data in everything.items():
+            store.put(key, data)
+    return tuple(SideFile(key=key, bytes=len(data), digest=digest_bytes(data)) for key, data in everything.items())
 
 
-def write_index(store: Store, shards: Iterable[Shard]) -> SideFile:
-    """Write the Hugging Face index that maps tensor names to model shards."""
+def build_index(shards: Iterable[Shard]) -> bytes:
+    """The Hugging Face index that maps tensor names to model shards."""
     model_shards = [shard for shard in shards if shard.part == "model"]
     weight_map = {tensor.name: shard.key for shard in model_shards for tensor in shard.tensors}
     total = sum(tensor.bytes for shard in model_shards for tensor in shard.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return write_side_file(store, INDEX_KEY, json.dumps(index, indent=1).encode())
+    return json.dumps(index, indent=1).encode()
 
 
 def commit_manifest(store: Store, manifest: Manifest, check: Callable[[], None]) -> Manifest:
@@ -78,13 +87,13 @@ def commit_manifest(store: Store, manifest: Manifest, check: Callable[[], None])
         return manifest
     except ObjectExists:
         standing = parse_manifest(store.read(MANIFEST_KEY), f"{store.url}/{MANIFEST_KEY}")
+        # Whoever came second may have written the index just now: point it at the shards that stand.
+        store.put(INDEX_KEY, build_index(standing.shards))
         if (standing.digest, standing.state_digest) != (manifest.digest, manifest.state_digest):
             raise CommitConflict(
                 f"{store.url} holds digest {standing.digest[:12]}, this attempt made {manifest.digest[:12]}; "
                 "the committed one is kept"
             ) from None
-        # Point the index back at the shards of the manifest that stands.
-        write_index(store, standing.shards)
         return standing
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from configs.errors import UserError
+
 _ROUNDS = 4
 
 
@@ -21,6 +23,8 @@ def num_windows(num_tokens: int, sequence_length: int) -> int:
 
 def window_indices(*, seed: int, first_sequence: int, count: int, windows: int) -> NDArray[np.int64]:
     """Windows that the run's sequences ``first_sequence`` to ``first_sequence + count`` read, in order."""
+    if windows < 1:
+        raise UserError("the text has fewer tokens than one training sequence; give more text or a shorter one")
     sequences = np.arange(first_sequence, first_sequence + count, dtype=np.int64)
     epochs, positions = np.divmod(sequences, windows)
     result = np.empty(count, dtype=np.int64)

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.errors import ObjectExists
 from cluster.storage import Store, open_store
+from configs.typed import parse_record
 from tasks.checkpoints.digest import fingerprint, new_hasher
 from tasks.checkpoints.manifest import Shard
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES, CheckpointError, TensorEntry
@@ -81,20 +82,10 @@ def read_receipt(store: Store, task: MergeTask) -> Receipt | None:
     values = json.loads(data)
     if values["identity"] != task_identity(task):
         return None
-    shard_values = values["shard"]
-    tensors = tuple(TensorEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in shard_values["tensors"])
-    shard = Shard(**{**shard_values, "tensors": tensors})
-    if not store.exists(shard.key) or store.size(shard.key) != shard.bytes:
+    receipt = parse_record(Receipt, {**values, "bytes_read": 0, "reused": True})
+    if not store.exists(receipt.shard.key) or store.size(receipt.shard.key) != receipt.shard.bytes:
         return None
-    return Receipt(
-        **{
-            **values,
-            "shard": shard,
-            "input_digests": tuple(values["input_digests"]),
-            "bytes_read": 0,
-            "reused": True,
-        }
-    )
+    return receipt
 
 
 def task_identity(task: MergeTask) -> str:

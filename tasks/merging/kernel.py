@@ -24,6 +24,7 @@ _STORED = {
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.uint8,
 }  # fmt: skip
 _BF16_INFINITY = 0x7F80
+_QUIET_NAN = np.uint32(0x7FC00000)
 
 
 class ChunkSum:
@@ -41,12 +42,14 @@ class ChunkSum:
         values = self._decode(data)
         scale = self.dtype(weight)
         total = self._sum[: len(values)]
-        if first:
-            np.multiply(values, scale, out=total, dtype=self.dtype)
-        else:
-            term = self._term[: len(values)]
-            np.multiply(values, scale, out=term, dtype=self.dtype)
-            np.add(total, term, out=total)
+        # What is not finite stays so, and is found in the result.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if first:
+                np.multiply(values, scale, out=total, dtype=self.dtype)
+            else:
+                term = self._term[: len(values)]
+                np.multiply(values, scale, out=term, dtype=self.dtype)
+                np.add(total, term, out=total)
 
     def result(self, size: int) -> NDArray[Any]:
         """The first ``size`` sums, a view that the next chunk overwrites."""
@@ -64,11 +67,29 @@ class ChunkSum:
 
 def encode(values: NDArray[np.floating], dtype: str) -> NDArray[Any]:
     """``values`` rounded once, to nearest even, to ``dtype``; a bfloat16 result is its bit pattern."""
-    if dtype == "BF16":
-        bits = values.astype(np.float32, copy=False).view(np.uint32)
-        return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
-    with np.errstate(over="ignore"):
-        return values.astype(_STORED[dtype], copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype != "BF16":
+            return values.astype(_STORED[dtype], copy=False)
+        narrow = _round_to_odd(values) if values.dtype == np.float64 else values.astype(np.float32)
+        bits = narrow.view(np.uint32)
+    if not np.isfinite(values).all():
+        # Rounding by addition would carry a NaN with a large payload over to zero.
+        bits[np.isnan(values)] = _QUIET_NAN
+    return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+
+
+def _round_to_odd(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """float32 such that one more rounding, to a shorter format, equals rounding ``values`` once.
+
+    Towards zero, with the last bit set where anything was lost (Boldo and Melquiond, 2008).
+    """
+    near = values.astype(np.float32)
+    back = near.astype(np.float64)
+    bits = near.view(np.uint32)
+    inexact = np.isfinite(values) & (back != values)
+    bits[inexact & (np.abs(back) > np.abs(values))] -= np.uint32(1)
+    bits[inexact] |= np.uint32(1)
+    return near
 
 
 def first_nonfinite(stored: NDArray[Any], dtype: str) -> int | None:

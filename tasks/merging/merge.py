@@ -16,14 +16,13 @@ from tasks.checkpoints.manifest import (
     Manifest,
     Merge,
     MergeInput,
-    SideFile,
     model_digest,
     read_manifest,
 )
 from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.run_folder import code_version
 from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry
-from tasks.checkpoints.writer import commit_manifest, write_index, write_side_file
+from tasks.checkpoints.writer import commit_manifest, write_side_files
 from tasks.merging.execute import Receipt, execute_task
 from tasks.merging.plan import MergePlan, MergeTask
 
@@ -119,7 +118,7 @@ def _publish(plan: MergePlan, receipts: list[Receipt], check_lease: Callable[[],
         digest=model_digest(shards),
         state_digest=None,
         shards=shards,
-        files=(*_copy_files(plan), write_index(store, shards)),
+        files=write_side_files(store, _copied_files(plan), shards, check_lease),
         parameter_groups=group_names(names),
         phase=newest.phase if newest else None,
         learning_rate=newest.learning_rate if newest else None,
@@ -166,15 +165,15 @@ def _streamed_digest(checkpoint: Checkpoint, receipts: list[Receipt], index: int
     )
 
 
-def _copy_files(plan: MergePlan) -> list[SideFile]:
-    source, target = plan.inputs[-1].store, open_store(plan.output_url)
-    files = []
+def _copied_files(plan: MergePlan) -> dict[str, bytes]:
+    source = plan.inputs[-1].store
+    files = {}
     for key in COPIED_FILES:
         data = source.read_if_present(key)
         if data is not None:
             if key == "config.json" and plan.dtypes["write"] != "as input":
                 data = _with_dtype(data, plan.dtypes["write"])
-            files.append(write_side_file(target, key, data))
+            files[key] = data
     return files
 
 

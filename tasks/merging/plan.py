@@ -82,6 +82,8 @@ class MergeTask:
     """In file order."""
     parameter_groups: tuple[str, ...]
     """Groups that the shard holds, wholly or in part."""
+    plan_identity: str
+    """Identity of the plan, so that a receipt of other inputs at the same places is not taken for this one's."""
     chunk_elements: int = CHUNK_ELEMENTS
     """Elements per chunk; does not change the result."""
 
@@ -159,6 +161,8 @@ def plan_merge(
     _require_alike(inputs)
     tensors = {name: _plan_tensor(name, inputs, dtype) for name in sorted(inputs[0].model)}
     bins = pack_groups(tensors, shard_bytes=shard_bytes, min_bins=max(item.num_files for item in inputs))
+    dtypes = {"read": "stored", "accumulate": "float32 (float64 for float64)", "write": dtype or "as input"}
+    identity = _identity(inputs, weights, dtypes)
     tasks = tuple(
         MergeTask(
             number=number,
@@ -168,10 +172,10 @@ def plan_merge(
             weights=tuple(weights),
             tensors=tuple(tensors[name] for name in names),
             parameter_groups=tuple(group_names(names)),
+            plan_identity=identity,
         )
         for number, names in enumerate(bins, start=1)
     )
-    dtypes = {"read": "stored", "accumulate": "float32 (float64 for float64)", "write": dtype or "as input"}
     return MergePlan(
         output_url=output_url,
         inputs=tuple(inputs),
@@ -180,7 +184,7 @@ def plan_merge(
         weights=tuple(weights),
         dtypes=dtypes,
         tasks=tasks,
-        identity=_identity(inputs, weights, dtypes),
+        identity=identity,
     )
 
 
@@ -193,17 +197,19 @@ def pack_groups(tensors: Mapping[str, PlannedTensor], *, shard_bytes: int, min_b
     """
     units = [unit for names in group_names(tensors).values() for unit in _cut(names, tensors, shard_bytes)]
     sizes = [sum(tensors[name].write_bytes for name in unit) for unit in units]
-    limit = max(shard_bytes, *sizes)
     num_bins = max(1, min(len(units), max(min_bins, -(-sum(sizes) // shard_bytes))))
     order = sorted(range(len(units)), key=lambda i: (-sizes[i], units[i][0]))
     while True:
         bins: list[list[str]] = [[] for _ in range(num_bins)]
         loads = [0] * num_bins
+        counts = [0] * num_bins
         for index in order:
             lightest = loads.index(min(loads))
             bins[lightest] += units[index]
             loads[lightest] += sizes[index]
-        if max(loads) <= limit or num_bins >= len(units):
+            counts[lightest] += 1
+        fits = all(load <= shard_bytes or counts[i] == 1 for i, load in enumerate(loads))
+        if fits or num_bins >= len(units):
             return [sorted(names) for names in bins]
         num_bins += 1
 

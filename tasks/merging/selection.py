@@ -24,7 +24,7 @@ class WindowRule:
 
     def output_name(self, end_step: int) -> str:
         """Name of the merged checkpoint whose newest input is at ``end_step``; one name per rule and step."""
-        method = f"ema{self.alpha:g}" if self.method == "ema" else self.method
+        method = f"ema{self.alpha!r}" if self.method == "ema" else self.method.replace(":", "-")
         return f"{method}-n{self.count}-v{self.interval_tokens}-step-{end_step:09d}"
 
 
@@ -36,6 +36,8 @@ def select_window(snapshots: Sequence[Snapshot], rule: WindowRule, end_step: int
     """
     if not snapshots:
         raise UserError("the run has no committed snapshots yet")
+    if rule.count < 1:
+        raise UserError(f"a window needs at least one snapshot, got a count of {rule.count}")
     by_tokens = {snapshot.manifest.tokens_seen: snapshot for snapshot in snapshots}
     end = snapshots[-1] if end_step is None else next((s for s in snapshots if s.step == end_step), None)
     if end is None:

@@ -39,6 +39,11 @@ def require_census(
         for name, shape in expected.items()
         if name in places and places[name].entry.shape != shape
     ]
+    problems += [
+        f"{name} has dtype {places[name].entry.dtype}, which holds no weights"
+        for name in expected
+        if name in places and places[name].entry.dtype not in TORCH_DTYPES
+    ]
     if problems:
         raise CheckpointError(f"{url} does not fit the network: {'; '.join(problems[:20])}")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from configs.schema import Config, ScheduleConfig
+from tasks.curves import DECAY_CURVES
 
 Phase = Literal["warmup", "stable", "decay"]
 
@@ -20,7 +20,7 @@ def learning_rate_at(schedule: ScheduleConfig, tokens: float, total_tokens: int)
         return peak
     progress = min(1.0, (tokens - decay_start) / schedule.decay_tokens)
     floor = schedule.final_learning_rate_fraction
-    return peak * (floor + (1 - floor) * decay_curve(schedule.decay_shape, progress))
+    return peak * (floor + (1 - floor) * DECAY_CURVES[schedule.decay_shape](progress))
 
 
 def step_learning_rate(config: Config, step: int) -> float:
@@ -36,13 +36,3 @@ def phase_at(config: Config, tokens: int) -> Phase:
     if config.schedule.decay_tokens and tokens > config.training.total_tokens - config.schedule.decay_tokens:
         return "decay"
     return "stable"
-
-
-def decay_curve(shape: str, progress: float) -> float:
-    """Share of the peak that is left at ``progress`` in [0, 1]: 1 at 0, 0 at 1."""
-    curves = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "linear": 1 - progress,
-        "1-sqrt": 1 - math.sqrt(progress),
-    }
-    return curves[shape]

@@ -16,12 +16,11 @@ from tasks.checkpoints.manifest import (
     LossStatistics,
     Manifest,
     Shard,
-    SideFile,
     model_digest,
     state_digest,
 )
 from tasks.checkpoints.run_folder import code_version, snapshot_key
-from tasks.checkpoints.writer import commit_manifest, write_index, write_side_file
+from tasks.checkpoints.writer import commit_manifest, write_side_files
 from tasks.models.build import build_model_config
 from tasks.training.rank_state import write_rank_shards
 from tasks.training.schedule import phase_at, step_learning_rate
@@ -107,7 +106,7 @@ def _commit(worker: Worker, store: Store, shards: tuple[Shard, ...], loss: LossS
         digest=model_digest(shards),
         state_digest=state_digest(shards, scalars),
         shards=shards,
-        files=_write_side_files(worker, store, shards, scalars),
+        files=write_side_files(store, _small_files(worker, scalars), shards, worker.check_lease),
         parameter_groups=group_names(sorted(t.name for s in shards if s.part == "model" for t in s.tensors)),
         phase=phase_at(worker.config, worker.tokens_seen),
         learning_rate=step_learning_rate(worker.config, worker.step),
@@ -121,12 +120,9 @@ def _commit(worker: Worker, store: Store, shards: tuple[Shard, ...], loss: LossS
     commit_manifest(store, manifest, worker.check_lease)
 
 
-def _write_side_files(
-    worker: Worker, store: Store, shards: tuple[Shard, ...], scalars: dict[str, Any]
-) -> tuple[SideFile, ...]:
+def _small_files(worker: Worker, scalars: dict[str, Any]) -> dict[str, bytes]:
     model_config = build_model_config(worker.config.model, worker.config.training.sequence_length)
-    return (
-        write_side_file(store, "config.json", model_config.to_json_string(use_diff=False).encode()),
-        write_side_file(store, STATE_KEY, json.dumps(scalars, indent=1).encode()),
-        write_index(store, shards),
-    )
+    return {
+        "config.json": model_config.to_json_string(use_diff=False).encode(),
+        STATE_KEY: json.dumps(scalars, indent=1).encode(),
+    }

@@ -93,11 +93,7 @@ def test_create_existing_key_refused_and_untouched(store: Store) -> None:
     assert len(every_path_below(store)) == 1
 
 
-# BUG: FsspecStore.create takes equal bytes for its own retried write, on memory:// too, where no response can get
-# lost; the contract of Store.create knows no such exception.
-def test_create_existing_key_with_equal_bytes_refused(store: Store, request: pytest.FixtureRequest) -> None:
-    if not is_shared_with_workers(store):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="BUG: equal bytes count as created on memory://"))
+def test_create_existing_key_with_equal_bytes_refused(store: Store) -> None:
     store.create("key", b"bytes")
     with pytest.raises(ObjectExists):
         store.create("key", b"bytes")
@@ -107,9 +103,6 @@ def test_create_race_local_has_one_winner(tmp_path: Path, frequent_switches: Non
     require_one_winner_of_create(open_store(str(tmp_path)))
 
 
-# BUG: FsspecStore.create on memory:// checks and writes without the guard that create_stream and replace
-# take, so two threads can both win. Not strict: whether a given run meets the race is chance.
-@pytest.mark.xfail(strict=False, reason="BUG: create on memory:// is not atomic between threads")
 def test_create_race_memory_has_one_winner(frequent_switches: None) -> None:
     require_one_winner_of_create(open_store(f"memory://{uuid.uuid4().hex}"), rounds=300)
 
@@ -224,11 +217,7 @@ def test_replace_missing_object_not_written(store: Store) -> None:
     assert store.keys() == ["neighbour"]
 
 
-# BUG: LocalStore.replace opens its guard file before it looks, so a folder that does not exist raises
-# ObjectMissing where every other miss answers False.
 def test_replace_missing_folder_not_written(store: Store, request: pytest.FixtureRequest) -> None:
-    if is_shared_with_workers(store):
-        request.applymarker(pytest.mark.xfail(strict=True, raises=ObjectMissing, reason="BUG: raises for local paths"))
     assert store.replace("folder/key", b"new", b"old") is False
 
 
@@ -331,10 +320,7 @@ def test_folders_direct_children_only(store: Store) -> None:
     assert store.folders("snapshots") == ["step-1", "step-2"]
 
 
-# BUG: LocalStore.folders maps FileNotFoundError only; a file in place of the folder escapes as OSError.
 def test_folders_of_an_object_is_empty_or_a_storage_error(store: Store, request: pytest.FixtureRequest) -> None:
-    if is_shared_with_workers(store):
-        request.applymarker(pytest.mark.xfail(strict=True, raises=NotADirectoryError, reason="BUG: raw OSError"))
     store.put("key", b"")
     with contextlib.suppress(StorageError):
         assert store.folders("key") == []
@@ -425,9 +411,6 @@ def test_local_urls_of_one_folder_are_equal(tmp_path: Path, monkeypatch: pytest.
         f"memory://user:{SECRET}@x",
         pytest.param(
             f"s3://AKIAKEY:{SECRET}/more@bucket/path",
-            # BUG: secrets of AWS may hold a slash; then urlsplit ends the network part before the "@", the URL is
-            # taken for the bucket "AKIAKEY:..." and the secret goes into every message.
-            marks=pytest.mark.xfail(strict=True, reason="BUG: credentials with a slash are not recognised"),
         ),
     ],
 )
@@ -445,8 +428,6 @@ def test_open_store_unsupported_scheme_refused_by_name(scheme: str) -> None:
         open_store(f"{scheme}://host/path")
 
 
-# BUG: rstrip("/") leaves "memory:", which then has no "://" to split at: IndexError. "s3://[" is a ValueError.
-@pytest.mark.xfail(strict=True, raises=(IndexError, ValueError), reason="BUG: URLs without a path escape as IndexError")
 @pytest.mark.parametrize("url", ["memory://", "s3://", "s3://[bucket/x"])
 def test_open_store_url_without_a_root_refused(url: str) -> None:
     try:
@@ -456,9 +437,6 @@ def test_open_store_url_without_a_root_refused(url: str) -> None:
     pytest.fail("opened")
 
 
-# BUG: local_path keeps only the path of a file URL: the host part "runs" is dropped and the root of the file
-# system is used; what follows a "#" is dropped too.
-@pytest.mark.xfail(strict=True, reason="BUG: parts of a file URL are dropped in silence")
 @pytest.mark.parametrize("url", ["file://runs/tiny", "file:///data/run#2"])
 def test_local_path_keeps_every_part_or_refuses(url: str) -> None:
     try:

@@ -107,8 +107,6 @@ def test_load_wrong_override_refused_with_key_and_hint(override: str, expected: 
         pytest.param(
             "5",
             "expected keys and values",
-            # BUG: OmegaConf.load raises OSError for a scalar, which _read_yaml does not turn into ConfigError.
-            marks=pytest.mark.xfail(strict=True, reason="BUG: a YAML scalar escapes as OSError", raises=OSError),
         ),
     ],
 )

@@ -36,14 +36,10 @@ def test_require_no_credentials_secret_refused_without_echo(url: str) -> None:
         assert SECRET not in str(caught.value)
 
 
-# BUG: the network part ends at the first slash, which secrets of AWS may hold.
-@pytest.mark.xfail(strict=True, reason="BUG: credentials with a slash are not recognised")
 def test_require_no_credentials_secret_with_a_slash_refused() -> None:
     with pytest.raises(ConfigError):
         require_no_credentials(f"s3://AKIAKEY:{SECRET}/more@bucket/path", "data.sources")
 
 
-# BUG: "?" is a mark of a glob too (data.sources may be one), but it counts as a query.
-@pytest.mark.xfail(strict=True, reason="BUG: a glob with a question mark is taken for a query")
 def test_require_no_credentials_glob_passes() -> None:
     require_no_credentials("s3://bucket/part-?.txt", "data.sources")

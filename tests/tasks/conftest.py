@@ -17,7 +17,7 @@ from tasks.checkpoints.digest import digest_bytes
 from tasks.checkpoints.groups import group_names
 from tasks.checkpoints.manifest import Manifest, model_digest, state_digest
 from tasks.checkpoints.safetensors_header import TensorEntry
-from tasks.checkpoints.writer import commit_manifest, write_index, write_shard, write_side_file
+from tasks.checkpoints.writer import commit_manifest, write_shard, write_side_files
 
 Tensors = Mapping[str, torch.Tensor]
 SAFETENSORS_NAMES = {
@@ -68,8 +68,8 @@ def commit_snapshot() -> Callable[..., Manifest]:
         if state is not None:
             shards.append(_write(store, "state-00001-of-00001.safetensors", state, "state"))
         scalars = {"step": step}
-        files = [write_side_file(store, "config.json", b'{"model_type": "tiny", "dtype": "float32"}')]
-        files.append(write_index(store, shards))
+        small = {"config.json": b'{"model_type": "tiny", "dtype": "float32"}'}
+        files = write_side_files(store, small, shards, lambda: None)
         manifest = Manifest(
             **{
                 "kind": "training",

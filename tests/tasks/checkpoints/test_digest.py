@@ -67,8 +67,8 @@ def test_content_digest_tensor_more_or_less_differs() -> None:
 
 
 def test_content_digest_names_cannot_run_together() -> None:
-    first = [tensor("a", b"1", ()), tensor("bc", b"1", ())]
-    second = [tensor("ab", b"1", ()), tensor("c", b"1", ())]
+    first = [tensor("a", b"1111", ()), tensor("bc", b"1111", ())]
+    second = [tensor("ab", b"1111", ()), tensor("c", b"1111", ())]
     assert content_digest(first) != content_digest(second)
 
 
@@ -103,8 +103,6 @@ def test_fingerprint_value_that_json_cannot_say_refused(value: object) -> None:
         fingerprint(value)
 
 
-# BUG: json.dumps turns keys into text, so mappings that differ have one fingerprint.
-@pytest.mark.xfail(strict=True, reason="BUG: keys that are no text are coerced in silence")
 def test_fingerprint_keys_that_are_no_text_refused_or_told_apart() -> None:
     try:
         number = fingerprint({1: "x"})

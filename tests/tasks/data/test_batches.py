@@ -144,9 +144,6 @@ def test_rank_batch_steps_and_seeds_differ() -> None:
     assert len({item.tobytes() for item in batches}) == 3
 
 
-# BUG: with less text than one window there are 0 windows: divmod by zero (a warning, an error here) and then an
-# endless loop in permute. The command line checks only that there is some text, so workers hang.
-@pytest.mark.xfail(strict=True, raises=RuntimeWarning, reason="BUG: a corpus shorter than one window hangs workers")
 def test_rank_batch_text_shorter_than_one_window_refused() -> None:
     with pytest.raises(ValueError, match="token"):
         rank_batch(

@@ -68,8 +68,6 @@ def test_split_does_not_depend_on_where_the_folder_lies(
         assert (there.digest, there.tokens.tobytes()) == (here.digest, here.tokens.tobytes())
 
 
-# BUG: fsspec lists memory:// paths with a leading slash, so nothing is cut off and the hash is of the whole URL.
-@pytest.mark.xfail(strict=True, reason="BUG: below memory:// the split depends on the folder's own name")
 def test_split_does_not_depend_on_where_a_memory_folder_lies() -> None:
     digests = set()
     for _ in range(2):

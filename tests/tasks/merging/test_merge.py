@@ -364,8 +364,6 @@ def test_merge_nonfinite_input_of_zero_weight_is_named_too(save_folder: Callable
 
 @pytest.mark.parametrize("payload", [0x7FC00000, pytest.param(
     -1,
-    # BUG: see test_kernel; the bytes FF FF FF FF are a NaN that a bfloat16 output turns into 0 and publishes.
-    marks=pytest.mark.xfail(strict=True, reason="BUG: NaNs with a large payload are published as zero in bfloat16"),
 )])  # fmt: skip
 def test_merge_every_nan_is_refused_in_a_narrower_output(
     save_folder: Callable[..., str], output: str, payload: int
@@ -460,9 +458,6 @@ def test_merge_broken_off_other_merge_after_it_reuses_nothing(inputs: list[str],
     assert report.manifest.digest == run(plan_of(inputs, str(tmp_path / "fresh"), "wma")).manifest.digest
 
 
-# BUG: task_identity holds the places of the inputs but not their versions, so receipts of a plain folder whose file
-# was replaced in between are reused: the result is part old, part new, under the identity of the new.
-@pytest.mark.xfail(strict=True, reason="BUG: receipts survive the replacement of a plain input")
 def test_merge_broken_off_replaced_input_is_read_again(inputs: list[str], output: str, tmp_path: Path) -> None:
     break_off(plan_of(inputs, output), 1)
     save_file(random_tensors(77), Path(inputs[0]) / "model.safetensors", metadata={"format": "pt"})
@@ -575,16 +570,11 @@ def test_merge_two_drivers_of_different_merges_the_first_stands(inputs: list[str
         assert digest_bytes(open_store(output).read(shard.key)) == shard.digest
 
 
-# BUG: side files are written before the manifest and over whatever is there, and a conflict does not put them back:
-# the index of the committed merge then names the shards of the merge that lost.
-@pytest.mark.xfail(strict=True, reason="BUG: the losing merge leaves its index in the committed folder")
 def test_merge_two_drivers_of_different_merges_libraries_load_the_first(inputs: list[str], output: str) -> None:
     standing = overtake(inputs, output)
     assert digest_of(load_merged(output)) == standing.digest
 
 
-# BUG: the same with a lease: it is checked after the side files were written.
-@pytest.mark.xfail(strict=True, reason="BUG: side files are written before the lease is checked")
 def test_merge_lease_lost_to_a_finished_merge_touches_nothing_of_it(inputs: list[str], output: str) -> None:
     finished: list[dict[str, bytes]] = []
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from tasks.merging.methods import METHODS, build_weights
+from tasks.curves import DECAY_CURVES
+from tasks.merging.methods import METHODS, build_weights, check_weights
 
 PRINTED = 0.5e-4
 """The vectors are known to four decimals."""
@@ -110,3 +111,44 @@ def test_weights_empty_window_refused(method: str, count: int) -> None:
 def test_weights_unknown_method_refused_with_the_known_ones(method: str) -> None:
     with pytest.raises(UserError, match=f"'{method}' is not known; known: sma, wma, ema"):
         build_weights(method, 3)
+
+
+# Values of the published tool for the decay 1 - sqrt, at n = 4 and n = 10, to four places.
+PUBLISHED_MINUS_SQRT = {
+    4: (0.5000, 0.2071, 0.1589, 0.1340),
+    10: (0.3162, 0.1310, 0.1005, 0.0847, 0.0747, 0.0675, 0.0621, 0.0578, 0.0543, 0.0513),
+}
+
+
+@pytest.mark.parametrize("count", PUBLISHED_MINUS_SQRT)
+def test_weights_wsm_minus_sqrt_equal_the_published_values(count: int) -> None:
+    assert build_weights("wsm:1-sqrt", count) == pytest.approx(PUBLISHED_MINUS_SQRT[count], abs=5e-5)
+
+
+@pytest.mark.parametrize("method", ["wsm:linear", "wsm:cosine", "wsm:1-sqrt"])
+@pytest.mark.parametrize("count", [1, 2, 3, 17])
+def test_weights_wsm_invert_to_the_decay_they_stand_for(method: str, count: int) -> None:
+    weights = build_weights(method, count)
+    assert sum(weights) == pytest.approx(1.0, abs=1e-12)
+    # Theorem 3.1 read backwards: the update before snapshot i keeps the share of all later weights.
+    shape = DECAY_CURVES[method.removeprefix("wsm:")]
+    for i in range(1, count):
+        assert sum(weights[i:]) == pytest.approx(shape(i / count), abs=1e-12)
+
+
+def test_weights_wsm_linear_is_the_simple_average() -> None:
+    assert build_weights("wsm:linear", 7) == pytest.approx(build_weights("sma", 7), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "message"),
+    [([0.5, 0.5], 3, "2 values for 3 inputs"), ([0.5, 0.6], 2, "sum to 1.1"), ([float("nan"), 1.0], 2, "finite")],
+)
+def test_explicit_weights_that_cannot_be_meant_are_refused(weights: list[float], count: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_weights(weights, count)
+
+
+def test_explicit_weights_keep_zero_and_negative_values_when_asked() -> None:
+    assert check_weights([0.0, 1.0], 2) == (0.0, 1.0)
+    assert check_weights([-1.0, 1.5], 2, allow_unnormalised=True) == (-1.0, 1.5)

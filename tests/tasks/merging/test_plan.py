@@ -215,8 +215,6 @@ def test_plan_same_local_folder_by_another_spelling_refused(tmp_path: Path, monk
             plan_of([open_checkpoint(str(tmp_path / "a")), open_checkpoint(spelling)])
 
 
-# BUG: paths are made absolute but ".." and links are not resolved, so the same folder counts as two inputs.
-@pytest.mark.xfail(strict=True, reason="BUG: '..' in a path hides that two inputs are one folder")
 def test_plan_same_local_folder_by_a_detour_refused(tmp_path: Path) -> None:
     checkpoint_of(MODEL, url=str(tmp_path / "a"))
     with pytest.raises(UserError, match="given twice"):
@@ -352,9 +350,6 @@ def test_pack_single_larger_tensor_has_a_shard_of_its_own() -> None:
     assert [names for names in shards if load(names, tensors) > 20] == [["group0.1"]]
 
 
-# BUG: one tensor above shard_bytes raises the limit of every shard to its own size ("limit = max(shard_bytes,
-# *sizes)"), so other shards may grow beyond shard_bytes too.
-@pytest.mark.xfail(strict=True, reason="BUG: a single larger tensor lifts the limit of all shards")
 def test_pack_single_larger_tensor_does_not_excuse_other_shards() -> None:
     tensors = tensors_of([(0, 12), (1, 6), (2, 6), (3, 6), (4, 6)])
     shards = pack_groups(tensors, shard_bytes=10, min_bins=1)

@@ -87,8 +87,6 @@ def test_select_window_interval_that_does_not_match_the_spacing_refused() -> Non
         select_window(EVERY_TEN, rule(2, 1500))
 
 
-# BUG: "wanted[0]" of an empty window.
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="BUG: a count below 1 escapes as IndexError")
 @pytest.mark.parametrize("count", [0, -1])
 def test_select_window_count_below_one_refused(count: int) -> None:
     with pytest.raises(UserError):
@@ -165,8 +163,6 @@ def test_output_name_one_for_each_rule_and_step() -> None:
     assert rules[-1].output_name(100) == "ema0.2-n3-v1000-step-000000100"
 
 
-# BUG: ":g" prints six digits, so two values of alpha share a name; the second merge is then refused, or never due.
-@pytest.mark.xfail(strict=True, reason="BUG: alpha is printed with six digits in output names")
 def test_output_name_close_values_of_alpha_are_apart() -> None:
     assert rule(3, method="ema", alpha=0.1234567).output_name(1) != rule(3, method="ema", alpha=0.1234571).output_name(
         1

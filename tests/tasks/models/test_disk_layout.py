@@ -158,8 +158,6 @@ def test_load_weights_other_network_refused_with_the_tensor(
     assert all(torch.equal(a, b) for a, b in zip(before, ours.parameters(), strict=True))
 
 
-# BUG: load_weights checks names and shapes only; a dtype that TORCH_DTYPES does not hold escapes as KeyError.
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="BUG: integer weights escape as KeyError")
 def test_load_weights_integer_tensor_refused(save_folder: Callable[..., str]) -> None:
     network = torch.nn.Linear(2, 2, bias=False)
     with pytest.raises(CheckpointError):

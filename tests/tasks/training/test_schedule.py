@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from configs.schema import Config, ScheduleConfig, TrainingConfig
-from tasks.training.schedule import decay_curve, learning_rate_at, phase_at, step_learning_rate
+from tasks.curves import DECAY_CURVES
+from tasks.training.schedule import learning_rate_at, phase_at, step_learning_rate
 
 PEAK = 4e-3
 TOTAL, WARMUP, DECAY = 1000, 100, 400
@@ -83,13 +84,8 @@ def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decay_curve_goes_from_one_to_zero(shape: str) -> None:
-    assert decay_curve(shape, 0.0) == 1.0
-    assert decay_curve(shape, 1.0) == pytest.approx(0.0, abs=1e-15)
-
-
-def test_decay_curve_unknown_shape_refused() -> None:
-    with pytest.raises(KeyError):
-        decay_curve("exponential", 0.5)
+    assert DECAY_CURVES[shape](0.0) == 1.0
+    assert DECAY_CURVES[shape](1.0) == pytest.approx(0.0, abs=1e-15)
 
 
 # Of a run
