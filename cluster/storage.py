@@ -71,7 +71,10 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, key: str, data: bytes) -> None:
-        """Write an object only if none exists, atomically; else :class:`cluster.errors.ObjectExists`."""
+        """Write an object only if none exists, atomically; else :class:`cluster.errors.ObjectExists`.
+
+        On S3, an object with equal bytes counts as written: it may be our own, after a lost response.
+        """
 
     @abstractmethod
     def create_stream(self, key: str) -> AbstractContextManager[ObjectWriter]:

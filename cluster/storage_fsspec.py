@@ -29,6 +29,8 @@ S3_OPTIONS: dict[str, Any] = {
     },
 }
 STREAM_BLOCK_BYTES = 16 << 20
+HTTP_CONFLICTS = (409, 412)
+HTTP_RANGE_NOT_SATISFIABLE = 416
 _memory_guard = threading.Lock()
 
 
@@ -49,12 +51,21 @@ class FsspecStore(Store):
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         with self._mapped_errors(key):
-            data = self.fs.cat_file(self._path(key), start=start, end=end) if end > start else b""
-        assert isinstance(data, bytes)
+            data = self._read_available(key, start, end) if end > start else b""
         if len(data) != end - start:
             raise StorageError(
                 f"{self.url}/{key}: ends at byte {start + len(data)}, bytes {start} to {end} were asked for"
             )
+        return data
+
+    def _read_available(self, key: str, start: int, end: int) -> bytes:
+        try:
+            data = self.fs.cat_file(self._path(key), start=start, end=end)
+        except OSError as error:
+            if _status_of(error) != HTTP_RANGE_NOT_SATISFIABLE:
+                raise
+            return b""
+        assert isinstance(data, bytes)
         return data
 
     def size(self, key: str) -> int:
@@ -71,7 +82,9 @@ class FsspecStore(Store):
         with self._mapped_errors(prefix):
             found = self.fs.find(base, **self._fresh())
         start = len(self._root.lstrip("/")) + 1
-        return sorted(path.lstrip("/")[start:] for path in found)
+        # Some servers list the marker of an emptied folder.
+        keys = (path.lstrip("/")[start:] for path in found)
+        return sorted(key for key in keys if key and not key.endswith("/"))
 
     def folders(self, prefix: str) -> list[str]:
         try:
@@ -132,9 +145,11 @@ class FsspecStore(Store):
                     return False
                 self.put(key, data)
                 return True
+        if self.read_if_present(key) != expected:
+            return False
         with self._mapped_errors(key):
             etag = self.fs.info(self._path(key), refresh=True)["ETag"]
-            if self.read(key) != expected:
+            if self.read_if_present(key) != expected:
                 return False
             try:
                 self.fs.pipe_file(self._path(key), data, IfMatch=etag)
@@ -218,8 +233,13 @@ def _filesystem(scheme: str) -> Any:
 def _is_precondition_failure(error: OSError) -> bool:
     if isinstance(error, FileExistsError):
         return True
+    return _status_of(error) in HTTP_CONFLICTS
+
+
+def _status_of(error: OSError) -> int | None:
+    """HTTP status that botocore kept in the cause of an s3fs error."""
     response = getattr(error.__cause__, "response", None)
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return status in (409, 412)
-    return False
+    if not isinstance(response, dict):
+        return None
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return int(status) if status is not None else None

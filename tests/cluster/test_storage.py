@@ -25,8 +25,12 @@ RACE_ROUNDS = 20
 """Rounds of a race: each is a fresh chance for two winners."""
 
 
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    if request.param == "s3":
+        for key, value in request.getfixturevalue("s3_environment").items():
+            monkeypatch.setenv(key, value)
+        return open_store(f"s3://runs/{uuid.uuid4().hex}/root")
     return open_store(str(tmp_path / "root") if request.param == "local" else f"memory://{uuid.uuid4().hex}/root")
 
 
@@ -67,7 +71,7 @@ def stream(store: Store, key: str, *pieces: bytes) -> None:
 
 def every_path_below(store: Store) -> list[str]:
     """All objects, hidden partial ones included where they can be seen."""
-    if is_shared_with_workers(store):
+    if store.url.startswith("/"):
         return sorted(str(path) for path in Path(store.url).rglob("*") if path.is_file())
     return store.keys()
 
@@ -95,6 +99,9 @@ def test_create_existing_key_refused_and_untouched(store: Store) -> None:
 
 def test_create_existing_key_with_equal_bytes_refused(store: Store) -> None:
     store.create("key", b"bytes")
+    if store.url.startswith("s3://"):
+        store.create("key", b"bytes")  # a retry after a lost response meets its own write
+        return
     with pytest.raises(ObjectExists):
         store.create("key", b"bytes")
 
@@ -182,6 +189,8 @@ def test_put_readers_see_old_or_new_never_a_mix(store: Store) -> None:
 
 def test_put_below_an_object_refused(store: Store) -> None:
     store.put("key", b"bytes")
+    if store.url.startswith("s3://"):
+        return  # keys are flat there: both may exist
     with pytest.raises(StorageError):
         store.put("key/below", b"bytes")
     assert store.read("key") == b"bytes"
