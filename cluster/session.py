@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator
@@ -32,14 +33,16 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
     """Connect to Ray for the length of the block.
 
     ``address`` (or ``RAY_ADDRESS``) joins a running cluster, with ``RAY_AUTH_MODE`` as the environment
-    says; otherwise Ray starts here with ``num_cpus`` logical CPUs, reachable from this machine only,
-    and ends with the block.
+    says; otherwise Ray starts here with ``num_cpus`` logical CPUs, guarded by a token of its own, and
+    ends with the block.
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray listens on the network; the token keeps others out and is never written to disk.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
     import ray
 
     if ray.is_initialized():

@@ -53,7 +53,7 @@ class LocalStore(Store):
     def version(self, key: str) -> str:
         with _mapped_errors(self._path(key)):
             status = self._path(key).stat()
-            return f"{status.st_size}-{status.st_mtime_ns}"
+            return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}"
 
     def keys(self, prefix: str = "") -> list[str]:
         base = self._path(prefix) if prefix else self.root

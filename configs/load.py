@@ -47,6 +47,7 @@ def load_config(name: str, overrides: tuple[str, ...] = ()) -> Resolved:
     for values, origin in layers:
         for key, value in _leaves(values):
             _require_known(key, value, origin)
+            _require_literal(key, value, origin)
             origins[key] = origin
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(values))
@@ -91,7 +92,7 @@ def _find(name: str) -> Path:
     if path.is_file():
         return path
     near = difflib.get_close_matches(name, config_names(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ConfigError(f"no configuration {name!r}{hint} Shipped: {', '.join(config_names())}; or give a .yaml path")
 
 
@@ -138,6 +139,13 @@ def _require_known(key: str, value: Any, origin: str) -> None:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"unknown key {key!r} ({origin}){hint}")
+
+
+def _require_literal(key: str, value: Any, origin: str) -> None:
+    """Refuse ``${...}``: what it stands for, a secret from the environment perhaps, would be saved with the run."""
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, str) and "${" in item for item in items):
+        raise ConfigError(f"{key} ({origin}): interpolation (${{...}}) is not supported; write the value itself")
 
 
 def _explain(error: OmegaConfBaseException, origin: str) -> str:

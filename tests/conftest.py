@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from s3_server import s3_server
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["RAY_AUTH_MODE"] = "disabled"
+# As users run it: a local Ray makes a token of its own.
+os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).parent.parent

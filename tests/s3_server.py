@@ -51,6 +51,7 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         "-s3",
         f"-s3.port={s3}",
         "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
         f"-s3.config={folder / 's3.json'}",
     ]
     with (folder / "server.log").open("w") as log:

@@ -178,3 +178,10 @@ def test_identity_names_are_dotted_keys() -> None:
     keys = identity_of(Config(name="x"))
     assert keys["training.batch_tokens"] == TrainingConfig().batch_tokens
     assert set(keys) < set(known_keys())
+
+
+def test_load_interpolation_refused_before_a_secret_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMA_TEST_SECRET", "verysecret")
+    with pytest.raises(ConfigError, match="interpolation") as caught:
+        load_config("tiny", ("tracking.experiment=${oc.env:PMA_TEST_SECRET}",))
+    assert "verysecret" not in str(caught.value)
