@@ -86,7 +86,7 @@ def test_load_null_override_clears_an_optional_value() -> None:
         ("data.sources=a", "data.sources (command line)"),
         ("merge.count=1", "merge.count=1 is not possible; allowed: at least 2"),
         ("seed=[1", "overrides 'seed=[1'"),
-        ("seed=${nope}", "seed (resolved configuration)"),
+        ("seed=${nope}", "interpolation"),
     ],
 )
 def test_load_wrong_override_refused_with_key_and_hint(override: str, expected: str) -> None:
