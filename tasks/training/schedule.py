@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from configs.schema import Config, ScheduleConfig
+from configs.schema import Config
+from configs.sections import ScheduleConfig
 from tasks.curves import DECAY_CURVES
 
 Phase = Literal["warmup", "stable", "decay"]

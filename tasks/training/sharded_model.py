@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from configs.schema import Config, OptimizerConfig
+from configs.schema import Config
+from configs.sections import OptimizerConfig
 from tasks.models.build import build_model
 
 

@@ -20,7 +20,8 @@ from configs.load import (
     known_keys,
     load_config,
 )
-from configs.schema import ClusterConfig, Config, TrackingConfig, TrainingConfig
+from configs.schema import Config
+from configs.sections import ClusterConfig, TrackingConfig, TrainingConfig
 
 WriteYaml = Callable[[str], str]
 

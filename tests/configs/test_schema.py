@@ -11,9 +11,9 @@ import pytest
 
 from configs import schema
 from configs.errors import ConfigError
-from configs.schema import (
+from configs.schema import Config
+from configs.sections import (
     AnnealConfig,
-    Config,
     DataConfig,
     EvaluationConfig,
     MergeConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from configs.errors import ConfigError
-from configs.schema import DataConfig, TrackingConfig
+from configs.sections import DataConfig, TrackingConfig
 from configs.urls import require_no_credentials
 
 SECRET = "wJalrXUtnFEMIbPxRfiCY"

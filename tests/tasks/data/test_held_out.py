@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from configs.schema import Config, EvaluationConfig, TrainingConfig
+from configs.schema import Config
+from configs.sections import EvaluationConfig, TrainingConfig
 from tasks.data.corpus import Corpus
 from tasks.data.held_out import held_out_slices
 
