@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,32 @@ def test_evaluate_command_returns_the_recorded_loss(demo_run: DemoRun, pma: Call
     answer = pma("evaluate", last.url, "--json")
     assert answer.code == 0, answer.stderr
     assert answer.json["results"][0]["loss"] == demo_run[1]["raw_loss"]
+
+
+def test_verify_holds_for_every_merge_and_names_a_flipped_byte(
+    demo_run: DemoRun, pma: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = RunFolder(str(demo_run[0]))
+    name = max(run.merged())
+    answer = pma("verify", f"{run.url}/merged/{name}", "--json")
+    assert answer.code == 0, answer.stderr
+    assert answer.json["ok"] is True
+    assert answer.json["digest"] == run.merged()[name].digest
+    damaged = shutil.copytree(Path(run.url) / "merged" / name, tmp_path / name)
+    shard = next(damaged.glob("model-*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 4
+    shard.write_bytes(data)
+    answer = pma("verify", str(damaged), "--json")
+    assert answer.code == 1
+    assert answer.json["ok"] is False
+    assert shard.name in answer.json["problems"][0]
+
+
+def test_anneal_from_a_step_without_snapshot_names_those_that_exist(demo_run: DemoRun, pma: Callable[..., Any]) -> None:
+    answer = pma("anneal", "--run", str(demo_run[0]), "--from", "7", "--json")
+    assert answer.code == 2
+    assert "no snapshot at step 7; there are 16 snapshots" in answer.json["message"]
 
 
 def test_journal_survives_as_the_source_of_every_metric(demo_run: DemoRun) -> None:
