@@ -6,6 +6,7 @@ Functions get names and ranges and return receipts; big bytes go through storage
 from __future__ import annotations
 
 import concurrent.futures
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,13 +17,19 @@ Result = TypeVar("Result")
 def fan_out_local(function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int) -> Iterator[Result]:
     """Run on ``num_workers`` threads of this process, in order of completion; the first error cancels what waits."""
     with concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="fan-out") as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+        yield from _as_completed([pool.submit(function, item) for item in items])
+
+
+def fan_out_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int
+) -> Iterator[Result]:
+    """Run on ``num_workers`` fresh processes of this machine, in order of completion; the first error cancels what waits.
+
+    ``function`` and items are pickled between our own processes.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        yield from _as_completed([pool.submit(function, item) for item in items])
 
 
 def fan_out_ray(
@@ -58,6 +65,15 @@ def fan_out_ray(
     finally:
         for reference in running:
             ray.cancel(reference)
+
+
+def _as_completed(futures: list[concurrent.futures.Future[Result]]) -> Iterator[Result]:
+    try:
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:

@@ -20,6 +20,7 @@ from cluster.errors import ObjectExists, ObjectMissing, StorageError, StorageFul
 from cluster.storage import Store
 
 PARTIAL_SUFFIX = ".part"
+GUARD_SUFFIX = ".guard.part"
 
 
 class LocalStore(Store):
@@ -94,7 +95,7 @@ class LocalStore(Store):
     def replace(self, key: str, data: bytes, expected: bytes) -> bool:
         if self.read_if_present(key) != expected:
             return False
-        guard = self._path(f"{key}.guard{PARTIAL_SUFFIX}")
+        guard = self._path(f"{key}{GUARD_SUFFIX}")
         with _mapped_errors(guard), open(guard, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.read_if_present(key) != expected:
@@ -105,6 +106,7 @@ class LocalStore(Store):
     def delete(self, key: str) -> None:
         with _mapped_errors(self._path(key)):
             self._path(key).unlink(missing_ok=True)
+            self._path(f"{key}{GUARD_SUFFIX}").unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         path = self.root / key

@@ -104,7 +104,8 @@ def anneal(run_url: str, from_step: int, tokens: int | None, as_json: bool, debu
 @click.option("--weights", metavar="w1,w2,...", help="For method weights: one per input, oldest first, summing to 1.")
 @click.option("--allow-unnormalised", is_flag=True, help="Accept --weights that do not sum to 1.")
 @click.option("--dtype", help="Output dtype, such as bfloat16; default the inputs' own.")
-@click.option("--workers", default="local", show_default=True, help="ray, local, or a number of local workers.")
+@click.option("--workers", default="local", show_default=True, help="ray, local (threads), or K local processes.")
+@click.option("--memory-budget", metavar="BYTES", help="Most memory for one worker's buffers, such as 32MiB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @common
 def merge(
@@ -121,6 +122,7 @@ def merge(
     allow_unnormalised: bool,
     dtype: str | None,
     workers: str,
+    memory_budget: str | None,
     dry_run: bool,
     as_json: bool,
     debug: bool,
@@ -136,7 +138,7 @@ def merge(
             raise UserError(f"unexpected argument {more_inputs[0]!r}; checkpoints go after --inputs")
         request = MergeRequest(
             run=run_url, inputs=(*inputs, *more_inputs), count=count, interval_tokens=interval_tokens, end=end,
-            output=output, method=method, alpha=alpha, weights=weights, allow_unnormalised=allow_unnormalised, dtype=dtype, workers=workers,
+            output=output, method=method, alpha=alpha, weights=weights, allow_unnormalised=allow_unnormalised, dtype=dtype, workers=workers, memory_budget=memory_budget,
         )  # fmt: skip
         return story(request, dry_run=dry_run)
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.fan_out import fan_out_local, fan_out_ray
-from cluster.lease import Lease, hold_lease
+from cluster.fan_out import fan_out_local, fan_out_processes, fan_out_ray
+from cluster.lease import Lease, hold_lease, lease_key
 from cluster.session import ray_session
 from cluster.storage import is_shared_with_workers, open_store
 from configs.errors import UserError
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.run_folder import RunFolder
-from tasks.merging.merge import MergeReport, execute_merge, find_standing
+from tasks.merging.merge import MergeReport, execute_merge, find_standing, nothing_done
 from tasks.merging.methods import build_weights, check_weights
 from tasks.merging.plan import DTYPE_NAMES, MergePlan, MergeTask, plan_merge
 from tasks.merging.selection import WindowRule, select_window
 
-logger = logging.getLogger(__name__)
+BYTE_UNITS = {
+    "": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
+    "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +55,19 @@ class MergeRequest:
     dtype: str | None
     """Output dtype; None keeps the inputs'."""
     workers: str
-    """``ray``, ``local``, or a number of local threads."""
+    """``ray``, ``local`` (a thread per CPU), or a number of local processes."""
+    memory_budget: str | None
+    """Most memory for one worker's buffers, such as ``32MiB``; None means the default chunk."""
 
 
 def merge(request: MergeRequest, *, dry_run: bool = False) -> dict[str, Any]:
     """Plan and carry out one merge; returns the fields of ``pma merge --json``."""
     plan = build_plan(request)
+    standing = find_standing(plan)
     if dry_run:
-        find_standing(plan)
         return describe_plan(plan)
+    if standing is not None:
+        return describe(plan, nothing_done(standing))
     with merge_lease(plan.output_url) as lease, task_runner(request.workers, plan) as run_tasks:
         report = execute_merge(plan, run_tasks, lease.check)
     return describe(plan, report)
@@ -87,6 +94,7 @@ def build_plan(request: MergeRequest) -> MergePlan:
         method=request.method,
         alpha=request.alpha if request.method == "ema" else None,
         dtype=request.dtype,
+        buffer_bytes=None if request.memory_budget is None else parse_bytes(request.memory_budget),
     )
 
 
@@ -154,24 +162,37 @@ def merge_lease(output_url: str) -> Iterator[Lease]:
     store = open_store(folder.removesuffix("/merged")) if in_run else open_store(output_url)
     with hold_lease(store, f"merge-{name}" if in_run else "merge") as lease:
         yield lease
+    if not in_run:
+        # A published output needs no lease any more, and stays a plain Hugging Face folder.
+        store.delete(lease_key("merge"))
 
 
 @contextmanager
 def task_runner(workers: str, plan: MergePlan) -> Iterator[Callable[..., Any]]:
-    """How tasks are carried out: ``ray``, ``local`` (a thread per CPU) or a number of threads."""
+    """How tasks are carried out: ``ray``, ``local`` (a thread per CPU) or a number of local processes."""
+    if workers not in ("ray", "local") and not (workers.isdigit() and int(workers) > 0):
+        raise UserError(f"--workers {workers!r}: expected ray, local or a number of local processes")
+    if workers == "local":
+        yield lambda function, tasks: fan_out_local(function, tasks, num_workers=os.cpu_count() or 1)
+        return
+    if not all(is_shared_with_workers(open_store(url)) for url in (plan.output_url, *(c.url for c in plan.inputs))):
+        raise UserError(f"--workers {workers} cannot see memory:// storage; use --workers local")
     if workers == "ray":
-        if not all(is_shared_with_workers(open_store(url)) for url in (plan.output_url, *(c.url for c in plan.inputs))):
-            raise UserError("--workers ray cannot see memory:// storage; use --workers local")
         slots = os.cpu_count() or 1
         with ray_session(None, slots):
             yield lambda function, tasks: fan_out_ray(
                 function, tasks, num_in_flight=4 * slots, memory_bytes=_memory_bytes
             )
         return
-    if workers != "local" and not (workers.isdigit() and int(workers) > 0):
-        raise UserError(f"--workers {workers!r}: expected ray, local or a number of workers")
-    threads = (os.cpu_count() or 1) if workers == "local" else int(workers)
-    yield lambda function, tasks: fan_out_local(function, tasks, num_workers=threads)
+    yield lambda function, tasks: fan_out_processes(function, tasks, num_workers=int(workers))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from ``1048576``, ``32MiB``, ``1.5GiB``, ``64MB``; :class:`configs.errors.UserError` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|B|KiB|MiB|GiB|TiB|kB|MB|GB|TB)", text.strip())
+    if match is None:
+        raise UserError(f"{text!r} is not a number of bytes; write 1048576, 32MiB or 1GiB")
+    return int(float(match[1]) * BYTE_UNITS[match[2]])
 
 
 def _memory_bytes(task: MergeTask) -> int:

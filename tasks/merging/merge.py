@@ -89,12 +89,12 @@ def execute_merge(plan: MergePlan, run_tasks: RunTasks, check_lease: Callable[[]
     """
     started = time.perf_counter()
     standing = find_standing(plan)
-    receipts: list[Receipt] = []
-    if standing is None:
-        open_store(plan.output_url).put(ATTEMPT_KEY, plan.identity.encode())
-        receipts = sorted(run_tasks(execute_task, list(plan.tasks)), key=lambda receipt: receipt.task)
-        standing = _publish(plan, receipts, check_lease)
-        _clear_receipts(plan)
+    if standing is not None:
+        return nothing_done(standing)
+    open_store(plan.output_url).put(ATTEMPT_KEY, plan.identity.encode())
+    receipts = sorted(run_tasks(execute_task, list(plan.tasks)), key=lambda receipt: receipt.task)
+    standing = _publish(plan, receipts, check_lease)
+    _clear_receipts(plan)
     return MergeReport(
         manifest=standing,
         bytes_read=sum(receipt.bytes_read for receipt in receipts),
@@ -102,6 +102,13 @@ def execute_merge(plan: MergePlan, run_tasks: RunTasks, check_lease: Callable[[]
         seconds=time.perf_counter() - started,
         peak_memory_bytes=max((receipt.peak_memory_bytes for receipt in receipts), default=0),
         tasks_reused=sum(receipt.reused for receipt in receipts),
+    )
+
+
+def nothing_done(standing: Manifest) -> MergeReport:
+    """Report of an invocation that found its merge published already."""
+    return MergeReport(
+        manifest=standing, bytes_read=0, bytes_written=0, seconds=0.0, peak_memory_bytes=0, tasks_reused=0
     )
 
 

@@ -27,7 +27,10 @@ EQUAL_DTYPES = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 CHUNK_ELEMENTS = 1 << 18
 """Elements of one chunk: 1 MiB in float32, so that sum, term and data stay in cache."""
 WORKER_BASE_BYTES = 160 << 20
-"""Resident size of a worker process with NumPy loaded, before any chunk (measured: 110 to 150 MiB)."""
+"""Allowance for a worker process before any chunk (measured: 45 MiB as a local process, 130 MiB as a Ray task)."""
+BUFFER_BYTES_PER_ELEMENT = 32
+"""Buffers of one chunk, for the widest dtype: data as read, term, sum and rounded output, 8 bytes each."""
+LEAST_CHUNK_ELEMENTS = 1 << 12
 MAX_DIFFERENCES = 50
 
 
@@ -105,7 +108,7 @@ class MergeTask:
     @property
     def memory_bytes(self) -> int:
         """Most memory the worker needs; depends on the chunk, not on N or the model."""
-        return WORKER_BASE_BYTES + 32 * self.chunk_elements
+        return WORKER_BASE_BYTES + BUFFER_BYTES_PER_ELEMENT * self.chunk_elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +155,11 @@ def plan_merge(
     alpha: float | None = None,
     dtype: str | None = None,
     shard_bytes: int = 1 << 30,
+    buffer_bytes: int | None = None,
 ) -> MergePlan:
     """Plan the weighted mean of ``inputs``; ``dtype`` (such as ``bfloat16``) overrides the inputs' own for the output.
 
-    Raises :class:`configs.errors.UserError` listing every difference of names, shapes and dtypes between the inputs.
+    ``buffer_bytes`` bounds what one worker's buffers take; it changes the chunk size, never the result. Raises :class:`configs.errors.UserError` listing every difference of names, shapes and dtypes between the inputs.
     """
     require_distinct(inputs)
     _require_alike(inputs)
@@ -173,6 +177,7 @@ def plan_merge(
             tensors=tuple(tensors[name] for name in names),
             parameter_groups=tuple(group_names(names)),
             plan_identity=identity,
+            chunk_elements=chunk_elements(buffer_bytes),
         )
         for number, names in enumerate(bins, start=1)
     )
@@ -212,6 +217,18 @@ def pack_groups(tensors: Mapping[str, PlannedTensor], *, shard_bytes: int, min_b
         if fits or num_bins >= len(units):
             return [sorted(names) for names in bins]
         num_bins += 1
+
+
+def chunk_elements(buffer_bytes: int | None) -> int:
+    """Elements of a chunk whose buffers fit ``buffer_bytes``, at most :data:`CHUNK_ELEMENTS`; more would leave the cache."""
+    if buffer_bytes is None:
+        return CHUNK_ELEMENTS
+    least = LEAST_CHUNK_ELEMENTS * BUFFER_BYTES_PER_ELEMENT
+    if buffer_bytes < least:
+        raise UserError(
+            f"a memory budget of {buffer_bytes} bytes is too small: a worker's buffers need at least {least}"
+        )
+    return min(CHUNK_ELEMENTS, buffer_bytes // BUFFER_BYTES_PER_ELEMENT)
 
 
 def require_distinct(inputs: Sequence[Checkpoint]) -> None:
