@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.errors import StorageError
 from cluster.journal import journal_keys, read_journal_object
 from cluster.storage import scheme_of
 from cluster.tracking import Point, Tracker, TrackingAway
@@ -146,7 +147,8 @@ class Forwarder:
         items += [
             f"evaluation/{label}@{manifest.digest}@{manifest.tokens_seen}"
             for label, manifest in checkpoints
-            if f"evaluations/{manifest.digest}-{self.suite}.json" in evaluated
+            # A merge of plain folders has no place on the token axis.
+            if manifest.tokens_seen is not None and f"evaluations/{manifest.digest}-{self.suite}.json" in evaluated
         ]
         return [item for item in items if prefix + item not in sent]
 
@@ -221,7 +223,7 @@ class TrackingThread:
             if self._completed:
                 self.forwarder.finish("FINISHED")
             self._warned = False
-        except TrackingAway as error:
+        except (TrackingAway, StorageError) as error:
             if not self._warned:
                 logger.warning("%s. The run goes on; metrics wait in its journal", error)
             self._warned = True
