@@ -28,6 +28,16 @@ class ObjectWriter(Protocol):
         """Append ``data``."""
 
 
+class RangeReader(Protocol):
+    """Reads one object by range; safe to use from several threads."""
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill all of ``buffer`` from byte ``start``; an object that ends before is an error."""
+
+    def close(self) -> None:
+        """Give up what was kept open."""
+
+
 class Store(ABC):
     """Objects under one root URL; keys are relative, with ``/`` between folders.
 
@@ -48,6 +58,15 @@ class Store(ABC):
     @abstractmethod
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes ``start`` (included) to ``end`` (excluded); fewer means the object is shorter: an error."""
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a read waits for a network, so that several at once, each of some MiB, are worth their while."""
+        return False
+
+    @abstractmethod
+    def open_reader(self, key: str) -> RangeReader:
+        """Open an object for many ranged reads; a missing one raises here or at the first read."""
 
     @abstractmethod
     def size(self, key: str) -> int:

@@ -58,6 +58,9 @@ class FsspecStore(Store):
             )
         return data
 
+    def open_reader(self, key: str) -> FsspecReader:
+        return FsspecReader(self, key)
+
     def _read_available(self, key: str, start: int, end: int) -> bytes:
         try:
             data = self.fs.cat_file(self._path(key), start=start, end=end)
@@ -194,6 +197,19 @@ class FsspecStore(Store):
                     f"{self.url}/{key}: no space left; free some and run the same command again"
                 ) from error
             raise StorageError(f"{self.url}/{key}: {error}") from error
+
+
+class FsspecReader:
+    """Ranged reads through fsspec."""
+
+    def __init__(self, store: FsspecStore, key: str) -> None:
+        self._store, self._key = store, key
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        buffer[:] = self._store.read_range(self._key, start, start + len(buffer))
+
+    def close(self) -> None:
+        """Nothing is kept open."""
 
 
 def expand(url: str) -> Iterator[str]:

@@ -47,6 +47,9 @@ class LocalStore(Store):
                 data += more
         return data
 
+    def open_reader(self, key: str) -> LocalReader:
+        return LocalReader(self._path(key))
+
     def size(self, key: str) -> int:
         with _mapped_errors(self._path(key)):
             return self._path(key).stat().st_size
@@ -124,6 +127,29 @@ class LocalStore(Store):
                     yield file, partial
             finally:
                 partial.unlink(missing_ok=True)
+
+
+class LocalReader:
+    """One open file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _mapped_errors(path):
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by close()
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        done = 0
+        with _mapped_errors(self._path):
+            while done < len(buffer):
+                length = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+                if not length:
+                    raise StorageError(
+                        f"{self._path}: ends at byte {start + done}, bytes {start} to {start + len(buffer)} were asked for"
+                    )
+                done += length
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _flush(file: BinaryIO) -> None:
