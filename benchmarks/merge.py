@@ -21,8 +21,9 @@ from cluster.fan_out import fan_out_local
 from cluster.storage import open_store
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES
+from tasks.checkpoints.tensor_reader import TensorReader
 from tasks.merging.merge import execute_merge
-from tasks.merging.methods import build_weights
+from tasks.merging.methods import MethodChoice
 from tasks.merging.plan import MergePlan, MergeTask, plan_merge
 
 
@@ -72,7 +73,7 @@ def timed(work: Callable[[], object]) -> float:
 def plan(urls: list[str], folder: Path) -> MergePlan:
     """The plan of the simple average of ``urls``."""
     inputs = [open_checkpoint(url) for url in urls]
-    return plan_merge(inputs, build_weights("sma", len(inputs)), output_url=str(folder / "out"), method="sma")
+    return plan_merge(inputs, MethodChoice(method="sma"), output_url=str(folder / "out"))
 
 
 def read_all(urls: list[str], threads: int) -> None:
@@ -99,13 +100,17 @@ def merge_command(urls: list[str], folder: Path, threads: int) -> None:
 
 def _read_task(task: MergeTask) -> int:
     total = 0
-    stores = [open_store(url) for url in task.input_urls]
-    for tensor in task.tensors:
-        width = DTYPE_BYTES[tensor.read_dtype]
-        for start in range(0, tensor.num_elements, task.chunk_elements):
-            end = min(start + task.chunk_elements, tensor.num_elements)
-            for store, (key, offset) in zip(stores, tensor.sources, strict=True):
-                total += len(store.read_range(key, offset + start * width, offset + end * width))
+    buffer = memoryview(bytearray(1 << 20))
+    for url, index in zip(task.input_urls, range(len(task.input_urls)), strict=True):
+        with TensorReader(open_store(url)) as reader:
+            for tensor in task.tensors:
+                place = tensor.sources[index]
+                step = len(buffer) // DTYPE_BYTES[place.dtype]
+                for start in range(0, place.num_elements, step):
+                    end = min(start + step, place.num_elements)
+                    size = (end - start) * DTYPE_BYTES[place.dtype]
+                    reader.read_into(place, start, end, buffer[:size])
+                    total += size
     return total
 
 

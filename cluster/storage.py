@@ -107,6 +107,10 @@ class Store(ABC):
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is no error."""
 
+    def abandon_uploads(self) -> int:
+        """Discard what killed writers left half-uploaded below this root, and say how many; the caller holds its lease."""
+        return 0
+
     def exists(self, key: str) -> bool:
         """Whether the object exists."""
         from cluster.errors import ObjectMissing

@@ -50,6 +50,8 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         return [_parse(arguments[0], item, where) for item in value]
     if origin is dict and isinstance(value, dict):
         return {str(key): _parse(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    if hint is Any:
+        return value
     if hint is float and type(value) in (int, float):
         return float(value)
     if hint in (str, int, bool) and type(value) is hint:

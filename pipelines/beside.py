@@ -21,10 +21,10 @@ from tasks.checkpoints.manifest import Manifest
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.checkpoints.run_folder import RunFolder, Snapshot
 from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
-from tasks.merging.execute import Receipt
 from tasks.merging.merge import MergeReport, execute_merge
-from tasks.merging.methods import build_weights
+from tasks.merging.methods import MethodChoice
 from tasks.merging.plan import MergeTask, plan_merge
+from tasks.merging.receipt import Receipt
 from tasks.merging.selection import WindowRule, due_windows
 
 POLL_SECONDS = 0.7
@@ -55,14 +55,12 @@ def merge_window(
     name = rule.output_name(window[-1].step)
     plan = plan_merge(
         [open_checkpoint(snapshot.url) for snapshot in window],
-        build_weights(rule.method, rule.count, rule.alpha),
+        MethodChoice(method=rule.method, alpha=rule.alpha),
         output_url=f"{run.url}/merged/{name}",
-        method=rule.method,
-        alpha=rule.alpha,
         shard_bytes=config.merge.shard_bytes,
     )
 
-    def run_tasks(function: Callable[[MergeTask], Receipt], tasks: list[MergeTask]) -> list[Receipt]:
+    def run_tasks(function: Callable[[MergeTask], list[Receipt]], tasks: list[MergeTask]) -> list[list[Receipt]]:
         return list(
             fan_out_ray(
                 function,

@@ -18,8 +18,9 @@ from configs.errors import UserError
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.merging.merge import MergeReport, execute_merge, find_standing, nothing_done
-from tasks.merging.methods import build_weights, check_weights
-from tasks.merging.plan import DTYPE_NAMES, MergePlan, MergeTask, plan_merge
+from tasks.merging.methods import MethodChoice
+from tasks.merging.plan import MergePlan, MergeTask, plan_merge
+from tasks.merging.policy import DTYPE_NAMES
 from tasks.merging.selection import WindowRule, select_window
 
 BYTE_UNITS = {
@@ -79,35 +80,36 @@ def build_plan(request: MergeRequest) -> MergePlan:
         raise UserError("give either --run URL with --count N, or --inputs URL..., not both and not neither")
     if request.dtype is not None and request.dtype not in DTYPE_NAMES:
         raise UserError(f"--dtype {request.dtype!r} is not known; known: {', '.join(DTYPE_NAMES)}")
-    if request.method == "ema" and request.alpha is None:
-        raise UserError("--method ema needs --alpha in (0, 1]; the paper tries 0.1 and 0.2")
-    if (request.method == "weights") != (request.weights is not None):
-        raise UserError("--method weights and --weights w1,w2,... go together")
     urls, output = _window(request) if request.run else (list(request.inputs), request.output)
     if output is None:
         raise UserError("--output URL is needed with --inputs")
     inputs = [_open_input(url, output) for url in urls]
     return plan_merge(
         inputs,
-        _weights(request, len(inputs)),
+        _choice(request),
         output_url=open_store(output).url,
-        method=request.method,
-        alpha=request.alpha if request.method == "ema" else None,
         dtype=request.dtype,
         buffer_bytes=None if request.memory_budget is None else parse_bytes(request.memory_budget),
     )
 
 
-def _weights(request: MergeRequest, count: int) -> tuple[float, ...]:
-    if request.weights is None:
-        return build_weights(request.method, count, request.alpha)
+def _choice(request: MergeRequest) -> MethodChoice:
+    return MethodChoice(
+        method=request.method,
+        alpha=request.alpha,
+        weights=parse_numbers("--weights", request.weights),
+        allow_unnormalised=request.allow_unnormalised,
+    )
+
+
+def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers of ``0.2,0.3,0.5``; :class:`configs.errors.UserError` names ``option``."""
+    if text is None:
+        return None
     try:
-        values = [float(text) for text in request.weights.split(",")]
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(
-            f"--weights {request.weights!r}: expected numbers with commas between, such as 0.2,0.3,0.5"
-        ) from None
-    return check_weights(values, count, allow_unnormalised=request.allow_unnormalised)
+        raise UserError(f"{option} {text!r}: expected numbers with commas between, such as 0.2,0.3,0.5") from None
 
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:

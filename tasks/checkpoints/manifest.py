@@ -102,10 +102,12 @@ class Merge:
     """One per input."""
     dtypes: dict[str, str]
     """``read``, ``accumulate`` and ``write`` rules."""
-    policies: dict[str, str]
-    """What became of optimizer moments, integers and kept tensors."""
+    policies: dict[str, Any]
+    """What became of optimizer moments, integers, buffers and kept tensors, and rules of single tensors."""
     identity: str
     """Fingerprint of what determines the bytes; equal identity means the same merge."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Parameters of the method beside ``alpha``: a decay list, a relative width, what a search tried."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,19 +10,10 @@ from cluster.storage import Store, open_store
 from configs.errors import UserError
 from tasks.checkpoints.digest import digest_bytes
 from tasks.checkpoints.manifest import INDEX_KEY, MANIFEST_KEY, Manifest, parse_manifest
+from tasks.checkpoints.regions import Region, TensorPlace
 from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry, read_header
 
 SINGLE_FILE_KEY = "model.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorPlace:
-    """Where a tensor's bytes lie."""
-
-    key: str
-    """Object below the checkpoint's folder."""
-    entry: TensorEntry
-    """Dtype, shape and byte range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +56,7 @@ def open_checkpoint(url: str) -> Checkpoint:
         _require_inside(store, shard.key)
         target = model if shard.part == "model" else state
         for entry in shard.tensors:
-            target[entry.name] = TensorPlace(key=shard.key, entry=entry)
+            target[entry.name] = place_of(shard.key, entry)
     return Checkpoint(
         store=store,
         model=model,
@@ -74,6 +65,12 @@ def open_checkpoint(url: str) -> Checkpoint:
         manifest=manifest,
         manifest_digest=digest_bytes(data),
     )
+
+
+def place_of(key: str, entry: TensorEntry) -> TensorPlace:
+    """Place of a tensor that lies whole in the safetensors object ``key``."""
+    region = Region(key=key, offset=entry.offset, start=(0,) * len(entry.shape), shape=entry.shape)
+    return TensorPlace(dtype=entry.dtype, shape=entry.shape, regions=(region,), digest=entry.digest)
 
 
 def _open_plain(store: Store) -> Checkpoint:
@@ -93,7 +90,7 @@ def _open_plain(store: Store) -> Checkpoint:
         for entry in entries:
             if weight_map is not None and weight_map.get(entry.name) != key:
                 raise CheckpointError(f"{store.url}/{key}: tensor {entry.name!r} is in the file but not in the index")
-            places[entry.name] = TensorPlace(key=key, entry=entry)
+            places[entry.name] = place_of(key, entry)
     if missing := sorted(set(weight_map or {}) - places.keys()):
         raise CheckpointError(f"{store.url}: the index names tensors that no file holds: {', '.join(missing[:10])}")
     if not places:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 from cluster.errors import ObjectExists
-from cluster.storage import Store
+from cluster.storage import ObjectWriter, Store
 from tasks.checkpoints.digest import digest_bytes, new_hasher
 from tasks.checkpoints.manifest import (
     INDEX_KEY,
@@ -97,6 +99,75 @@ def commit_manifest(store: Store, manifest: Manifest, check: Callable[[], None])
         return standing
 
 
+class ShardWriter:
+    """Takes the tensor bytes of one shard in file order, in pieces of any size, and hashes them on the way."""
+
+    def __init__(
+        self, out: ObjectWriter, key: str, tensors: Sequence[TensorSpec], part: Literal["model", "state"]
+    ) -> None:
+        header, self._entries = build_header(tensors)
+        self._out, self._key, self._part = out, key, part
+        self._whole = new_hasher()
+        self._size = len(header)
+        self._digests: list[str] = []
+        self._hasher = new_hasher()
+        self._left = self._entries[0].bytes if self._entries else 0
+        self._put(header)
+        self._finish_tensors()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``, which may end one tensor and begin the next."""
+        view = memoryview(data)
+        self._put(view)
+        self._size += len(view)
+        while view.nbytes:
+            assert len(self._digests) < len(self._entries), f"{self._key}: more bytes than its tensors hold"
+            part = view[: self._left]
+            self._hasher.update(part)
+            self._left -= len(part)
+            view = view[len(part) :]
+            self._finish_tensors()
+
+    def shard(self) -> Shard:
+        """What was written, once it is complete."""
+        assert len(self._digests) == len(self._entries), f"{self._key}: {self._left} bytes of a tensor are missing"
+        return Shard(
+            key=self._key,
+            part=self._part,
+            bytes=self._size,
+            digest=str(self._whole.hexdigest()),
+            tensors=tuple(
+                dataclasses.replace(entry, digest=digest)
+                for entry, digest in zip(self._entries, self._digests, strict=True)
+            ),
+        )
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._whole.update(data)
+        self._out.write(data)
+
+    def _finish_tensors(self) -> None:
+        while not self._left and len(self._digests) < len(self._entries):
+            self._digests.append(str(self._hasher.hexdigest()))
+            self._hasher = new_hasher()
+            if len(self._digests) < len(self._entries):
+                self._left = self._entries[len(self._digests)].bytes
+
+
+@contextmanager
+def open_shard(
+    store: Store, key: str, tensors: Sequence[TensorSpec], part: Literal["model", "state"]
+) -> Iterator[ShardWriter]:
+    """Stream one safetensors object that must not exist; it appears whole at the end, or not at all.
+
+    Raises :class:`cluster.errors.ObjectExists` if ``key`` is taken.
+    """
+    with store.create_stream(key) as out:
+        writer = ShardWriter(out, key, tensors, part)
+        yield writer
+        writer.shard()
+
+
 def _write_shard(
     store: Store,
     key: str,
@@ -104,21 +175,12 @@ def _write_shard(
     chunks_of: Callable[[TensorEntry], Chunks],
     part: Literal["model", "state"],
 ) -> Shard:
-    header, entries = build_header(tensors)
-    whole = new_hasher()
-    written = []
-    with store.create_stream(key) as out:
-        whole.update(header)
-        out.write(header)
+    _, entries = build_header(tensors)
+    with open_shard(store, key, tensors, part) as writer:
         for entry in entries:
-            hasher = new_hasher()
             for chunk in _checked(entry, chunks_of(entry)):
-                hasher.update(chunk)
-                whole.update(chunk)
-                out.write(chunk)
-            written.append(TensorEntry(**{**entry.__dict__, "digest": str(hasher.hexdigest())}))
-    size = len(header) + sum(entry.bytes for entry in entries)
-    return Shard(key=key, part=part, bytes=size, digest=str(whole.hexdigest()), tensors=tuple(written))
+                writer.write(chunk)
+    return writer.shard()
 
 
 def _checked(entry: TensorEntry, chunks: Chunks) -> Iterator[bytes | memoryview]:

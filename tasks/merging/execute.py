@@ -1,4 +1,4 @@
-"""Execute one merge task: stream its ranges, add, hash, write its output shard, leave a receipt.
+"""Execute one merge task: stream its chunks, add, hash, write its output shards, leave receipts.
 
 Runs in any process that reaches the storage. Safe to run twice or at once: the same inputs give the
 same bytes, and a shard never overwrites another.
@@ -6,185 +6,258 @@ same bytes, and a shard never overwrites another.
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import functools
 import resource
-from collections.abc import Iterator
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from cluster.errors import ObjectExists
-from cluster.storage import Store, open_store
-from configs.typed import parse_record
-from tasks.checkpoints.digest import fingerprint, new_hasher
-from tasks.checkpoints.manifest import Shard
-from tasks.checkpoints.safetensors_header import DTYPE_BYTES, CheckpointError, TensorEntry
-from tasks.checkpoints.writer import write_shard
-from tasks.merging.kernel import FLOAT_DTYPES, ChunkSum, encode, first_nonfinite, first_nonfinite_stored
-from tasks.merging.plan import MergeTask, PlannedTensor
+from cluster.read_ahead import fill_ahead
+from cluster.storage import open_store
+from tasks.checkpoints.digest import new_hasher
+from tasks.checkpoints.safetensors_header import DTYPE_BYTES, CheckpointError
+from tasks.checkpoints.tensor_reader import TensorReader
+from tasks.checkpoints.writer import ShardWriter, open_shard
+from tasks.merging.chunks import Chunk, Segment, cut_chunks
+from tasks.merging.kernel import ChunkSum, first_nonfinite_stored, new_sum
+from tasks.merging.plan import MergeTask, PlannedTensor, TaskOutput, Vector
+from tasks.merging.receipt import Receipt, read_receipt, task_identity, write_receipt
 
 
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """The durable note that a task's shard is complete."""
-
-    task: int
-    """Number of the task."""
-    identity: str
-    """Fingerprint of the task; a receipt of another plan is ignored."""
-    shard: Shard
-    """What was written."""
-    input_digests: tuple[dict[str, str], ...]
-    """Per input, tensor name to the digest of the bytes that were read."""
-    bytes_read: int
-    """Bytes read by this execution."""
-    peak_memory_bytes: int
-    """Peak resident size of the worker process."""
-    reused: bool = False
-    """Whether an earlier attempt wrote the shard."""
-
-
-def execute_task(task: MergeTask) -> Receipt:
-    """Run ``task``, or return the receipt of an earlier attempt at the same task.
+def execute_task(task: MergeTask) -> list[Receipt]:
+    """Run ``task`` for those of its merges that have no receipt of it yet; receipts in the order of its merges.
 
     Raises :class:`CheckpointError` naming tensor, input and index for non-finite values, for integers
     that differ, and for input bytes that do not match the digest in their manifest.
     """
-    store = open_store(task.output_url)
-    earlier = read_receipt(store, task)
-    if earlier is not None:
-        return earlier
-    run = _TaskRun(task)
-    shard = write_shard(
-        store,
-        task.shard_key,
-        [(tensor.name, tensor.write_dtype, tensor.shape) for tensor in task.tensors],
-        run.chunks_of,
-        "model",
-    )
-    receipt = Receipt(
-        task=task.number,
-        identity=task_identity(task),
-        shard=shard,
-        input_digests=tuple(run.input_digests),
-        bytes_read=task.bytes_read,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
-    _write_receipt(store, receipt)
-    return receipt
+    stores = [open_store(output.url) for output in task.outputs]
+    receipts = {i: found for i, store in enumerate(stores) if (found := read_receipt(store, task, i)) is not None}
+    todo = [i for i in range(len(stores)) if i not in receipts]
+    if todo:
+        try:
+            made = _merge_shards(task, todo, attempt="")
+        except ObjectExists:
+            # An earlier attempt left a shard of this name: nothing is ever overwritten, and names are free.
+            made = _merge_shards(task, todo, attempt=secrets.token_hex(4))
+        for receipt in made:
+            write_receipt(stores[receipt.output], receipt)
+            receipts[receipt.output] = receipt
+    return [receipts[i] for i in range(len(stores))]
 
 
-def read_receipt(store: Store, task: MergeTask) -> Receipt | None:
-    """Receipt of an earlier attempt, if its task is this one and its shard is there in full."""
-    data = store.read_if_present(receipt_key(task.number))
-    if data is None:
-        return None
-    values = json.loads(data)
-    if values["identity"] != task_identity(task):
-        return None
-    receipt = parse_record(Receipt, {**values, "bytes_read": 0, "reused": True})
-    if not store.exists(receipt.shard.key) or store.size(receipt.shard.key) != receipt.shard.bytes:
-        return None
-    return receipt
+def _merge_shards(task: MergeTask, todo: Sequence[int], attempt: str) -> list[Receipt]:
+    with ExitStack() as stack:
+        readers = [stack.enter_context(TensorReader(open_store(url))) for url in task.input_urls]
+        specs = [(tensor.name, tensor.write_dtype, tensor.shape) for tensor in task.tensors]
+        writers = [
+            stack.enter_context(open_shard(open_store(task.outputs[i].url), _key(task, i, attempt), specs, task.part))
+            for i in todo
+        ]
+        run = _TaskRun(task, [task.outputs[i] for i in todo], readers, writers)
+        run.run()
+    return [
+        Receipt(
+            task=task.number,
+            output=i,
+            identity=task_identity(task, i),
+            shard=writer.shard(),
+            input_digests=tuple(run.input_digests),
+            bytes_read=run.bytes_read if i == todo[0] else 0,
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        for i, writer in zip(todo, writers, strict=True)
+    ]
 
 
-def task_identity(task: MergeTask) -> str:
-    """Fingerprint of what determines the shard's bytes and of where its inputs lie."""
-    values: dict[str, Any] = dataclasses.asdict(task)
-    del values["chunk_elements"], values["output_url"], values["parameter_groups"]
-    return fingerprint(values)
-
-
-def receipt_key(number: int) -> str:
-    """Key of a task's receipt below the output folder."""
-    return f"receipts/task-{number:05d}.json"
-
-
-def _write_receipt(store: Store, receipt: Receipt) -> None:
-    data = json.dumps(dataclasses.asdict(receipt)).encode()
-    try:
-        store.create(receipt_key(receipt.task), data)
-    except ObjectExists:
-        # Another attempt at the same task, or the receipt of an abandoned plan.
-        store.put(receipt_key(receipt.task), data)
+def _key(task: MergeTask, output: int, attempt: str) -> str:
+    """The shard's plain name, or an attempt name beside it where that is taken."""
+    if not attempt and not open_store(task.outputs[output].url).exists(task.shard_key):
+        return task.shard_key
+    return f"{task.shard_key.removesuffix('.safetensors')}.{attempt or secrets.token_hex(4)}.safetensors"
 
 
 class _TaskRun:
-    """Streams the tensors of one task and remembers the digests of what it read."""
+    """Streams the chunks of one task through its sums, and remembers the digests of what it read."""
 
-    def __init__(self, task: MergeTask) -> None:
-        self.task = task
-        self.inputs = [open_store(url) for url in task.input_urls]
-        self.input_digests: list[dict[str, str]] = [{} for _ in self.inputs]
-        self._planned = {tensor.name: tensor for tensor in task.tensors}
-        self._sums: dict[str, ChunkSum] = {}
+    def __init__(
+        self,
+        task: MergeTask,
+        outputs: Sequence[TaskOutput],
+        readers: Sequence[TensorReader],
+        writers: Sequence[ShardWriter],
+    ) -> None:
+        self.task, self.outputs, self.readers, self.writers = task, outputs, readers, writers
+        self.input_digests: list[dict[str, str]] = [{} for _ in readers]
+        self.bytes_read = 0
+        self._hashers: dict[tuple[str, int], Any] = {}
+        self._sums: dict[Any, list[ChunkSum]] = {}
 
-    def chunks_of(self, entry: TensorEntry) -> Iterator[memoryview]:
-        """Output bytes of one tensor, chunk by chunk."""
-        tensor = self._planned[entry.name]
-        hashers = [new_hasher() for _ in self.inputs]
-        for start in range(0, tensor.num_elements, self.task.chunk_elements):
-            end = min(start + self.task.chunk_elements, tensor.num_elements)
-            pieces = self._read(tensor, start, end, hashers)
-            merged = (
-                self._mean(tensor, start, pieces)
-                if tensor.read_dtype in FLOAT_DTYPES
-                else _equal(tensor, start, pieces, self.inputs)
-            )
-            yield merged
-        for index, hasher in enumerate(hashers):
-            self._record_digest(tensor, index, str(hasher.hexdigest()))
+    def run(self) -> None:
+        """Merge every chunk and hand it to the writers."""
+        for tensor in self.task.tensors:
+            if not tensor.num_elements:
+                for index in range(len(self.readers)):
+                    self._record_digest(tensor, index, str(new_hasher().hexdigest()))
+        chunks = list(cut_chunks(self.task.tensors, self.task.chunk_bytes))
+        fills = (self._fill(chunk, index) for chunk in chunks for index in self._inputs_of(chunk))
+        filled = fill_ahead(fills, num_buffers=self.task.buffers, buffer_bytes=self.task.chunk_bytes)
+        for chunk in chunks:
+            if chunk[0].tensor.accumulate:
+                self._average(chunk, filled)
+            else:
+                self._compare(chunk, filled)
 
-    def _read(self, tensor: PlannedTensor, start: int, end: int, hashers: list[Any]) -> Iterator[bytes]:
-        width = DTYPE_BYTES[tensor.read_dtype]
-        for store, (key, offset), hasher in zip(self.inputs, tensor.sources, hashers, strict=True):
-            data = store.read_range(key, offset + start * width, offset + end * width)
-            hasher.update(data)
-            yield data
+    def _inputs_of(self, chunk: Chunk) -> list[int]:
+        return [index for index in range(len(self.readers)) if self.task.reads(chunk[0].tensor, index)]
 
-    def _mean(self, tensor: PlannedTensor, start: int, pieces: Iterator[bytes]) -> memoryview:
-        chunk = self._sums.setdefault(tensor.read_dtype, ChunkSum(self.task.chunk_elements, tensor.read_dtype))
-        size = 0
-        for index, (data, weight) in enumerate(zip(pieces, self.task.weights, strict=True)):
-            chunk.add(data, weight, first=index == 0)
-            size = len(data) // DTYPE_BYTES[tensor.read_dtype]
-        stored = encode(chunk.result(size), tensor.write_dtype)
-        bad = first_nonfinite(stored, tensor.write_dtype)
-        if bad is not None:
-            raise self._nonfinite(tensor, start, size, bad)
-        return memoryview(stored.tobytes())
+    def _fill(self, chunk: Chunk, index: int) -> Callable[[memoryview], int]:
+        return functools.partial(_fill, self.readers[index], chunk, index)
 
-    def _nonfinite(self, tensor: PlannedTensor, start: int, size: int, bad: int) -> CheckpointError:
-        """Find the culprit: a sum is finite only if every input is."""
-        width = DTYPE_BYTES[tensor.read_dtype]
-        for store, (key, offset) in zip(self.inputs, tensor.sources, strict=True):
-            data = store.read_range(key, offset + start * width, offset + (start + size) * width)
-            index = first_nonfinite_stored(data, tensor.read_dtype)
-            if index is not None:
-                return CheckpointError(
-                    f"{store.url}/{key}: tensor {tensor.name!r} is not finite at element {start + index}"
-                )
-        return CheckpointError(
-            f"the mean of tensor {tensor.name!r} overflows {tensor.write_dtype} at element {start + bad}; "
-            "all inputs are finite: choose a wider --dtype"
-        )
+    def _average(self, chunk: Chunk, filled: Iterator[memoryview]) -> None:
+        tensor = chunk[0].tensor
+        sums = self._sums_of(tensor)
+        started = [False] * len(sums)
+        for index in self._inputs_of(chunk):
+            data = next(filled)
+            self._hash(chunk, index, data)
+            for number, (chunk_sum, output) in enumerate(zip(sums, self.outputs, strict=True)):
+                vector = output.vectors[tensor.vector]
+                if vector[index] is not None:
+                    weight = vector[index] if equal_weight(vector) is None else None
+                    chunk_sum.add(data, tensor.sources[index].dtype, weight, first=not started[number])
+                    started[number] = True
+        size = sum(segment.size for segment in chunk)
+        for chunk_sum, output, writer in zip(sums, self.outputs, self.writers, strict=True):
+            scale = equal_weight(output.vectors[tensor.vector])
+            stored, bad = chunk_sum.store(size, tensor.write_dtype, scale)
+            if bad is not None:
+                stored = self._rescue(chunk, bytearray(stored), bad, output)
+            writer.write(stored)
+
+    def _sums_of(self, tensor: PlannedTensor) -> list[ChunkSum]:
+        dtypes = tuple(place.dtype for place in tensor.sources)
+        kind = (dtypes, tensor.read_as, tensor.accumulate)
+        if kind not in self._sums:
+            size = self.task.chunk_bytes // max(DTYPE_BYTES[dtype] for dtype in dtypes) + 1
+            self._sums[kind] = [new_sum(size, dtypes, tensor.read_as, tensor.accumulate) for _ in self.outputs]
+        return self._sums[kind]
+
+    def _compare(self, chunk: Chunk, filled: Iterator[memoryview]) -> None:
+        """Integers: the values of the newest input of each merge, after they were found equal to its others'."""
+        read = {}
+        for index in self._inputs_of(chunk):
+            data = next(filled)
+            self._hash(chunk, index, data)
+            read[index] = bytes(data)
+        for output, writer in zip(self.outputs, self.writers, strict=True):
+            members = [i for i, weight in enumerate(output.vectors[chunk[0].tensor.vector]) if weight is not None]
+            for index in members[:-1]:
+                if read[index] != read[members[-1]]:
+                    raise self._unequal(chunk, index, members[-1], read)
+            writer.write(memoryview(read[members[-1]]))
+
+    def _hash(self, chunk: Chunk, index: int, data: memoryview) -> None:
+        self.bytes_read += len(data)
+        position = 0
+        for segment, length in _byte_lengths(chunk, index):
+            key = (segment.tensor.name, index)
+            hasher = self._hashers.get(key) or self._hashers.setdefault(key, new_hasher())
+            hasher.update(data[position : position + length])
+            position += length
+            if segment.end == segment.tensor.num_elements:
+                self._record_digest(segment.tensor, index, str(self._hashers.pop(key).hexdigest()))
 
     def _record_digest(self, tensor: PlannedTensor, index: int, digest: str) -> None:
-        promised = tensor.digests[index]
-        if promised and promised != digest:
+        place = tensor.sources[index]
+        if place.digest and place.digest != digest:
             raise CheckpointError(
-                f"{self.inputs[index].url}/{tensor.sources[index][0]}: tensor {tensor.name!r} has digest {digest[:16]}, "
-                f"its manifest says {promised[:16]}: the object was changed or damaged after it was committed"
+                f"{self.task.input_urls[index]}/{place.regions[0].key}: tensor {tensor.name!r} has digest {digest[:16]}, "
+                f"its manifest says {place.digest[:16]}: the object was changed or damaged after it was committed"
             )
         self.input_digests[index][tensor.name] = digest
 
+    def _rescue(self, chunk: Chunk, stored: bytearray, bad: int, output: TaskOutput) -> memoryview:
+        """Name the input that is not finite; if none is, equal weights overflowed before they were applied.
 
-def _equal(tensor: PlannedTensor, start: int, pieces: Iterator[bytes], inputs: list[Store]) -> memoryview:
-    first = next(pieces)
-    for store, data in zip(inputs[1:], pieces, strict=True):
-        if data != first:
+        Then only the elements that overflowed are weighted first and added after: so an element's bits do not depend
+        on its neighbours.
+        """
+        vector = output.vectors[chunk[0].tensor.vector]
+        members = [index for index, weight in enumerate(vector) if weight is not None]
+        for index in members:
+            self._require_finite(chunk, index)
+        tensor = chunk[0].tensor
+        size = sum(segment.size for segment in chunk)
+        dtypes = tuple(place.dtype for place in tensor.sources)
+        careful = new_sum(size, dtypes, tensor.read_as, tensor.accumulate)
+        for index in members:
+            data = memoryview(bytearray(self.task.chunk_bytes))
+            length = _fill(self.readers[index], chunk, index, data)
+            careful.add(data[:length], dtypes[index], vector[index], first=index == members[0])
+        better, still_bad = careful.store(size, tensor.write_dtype)
+        if still_bad is not None:
+            segment, offset = _locate(chunk, still_bad)
             raise CheckpointError(
-                f"integer tensor {tensor.name!r} differs between {inputs[0].url} and {store.url} near element {start}; "
-                "integers are not averaged and must be equal"
+                f"the mean of tensor {segment.tensor.name!r} overflows {tensor.write_dtype} at element {offset}; "
+                "all inputs are finite: choose a wider --dtype"
             )
-    return memoryview(first)
+        width = DTYPE_BYTES[tensor.write_dtype]
+        for element in range(bad, size):
+            place = slice(element * width, (element + 1) * width)
+            if first_nonfinite_stored(stored[place], tensor.write_dtype) is not None:
+                stored[place] = better[place]
+        return memoryview(stored)
+
+    def _require_finite(self, chunk: Chunk, index: int) -> None:
+        for segment, length in _byte_lengths(chunk, index):
+            data = memoryview(bytearray(length))
+            place = segment.tensor.sources[index]
+            self.readers[index].read_into(place, segment.start, segment.end, data)
+            found = first_nonfinite_stored(data, place.dtype)
+            if found is not None:
+                raise CheckpointError(
+                    f"{self.task.input_urls[index]}/{place.regions[0].key}: tensor {segment.tensor.name!r} "
+                    f"is not finite at element {segment.start + found}"
+                )
+
+    def _unequal(self, chunk: Chunk, older: int, newest: int, read: dict[int, bytes]) -> CheckpointError:
+        first = next(i for i, (a, b) in enumerate(zip(read[older], read[newest], strict=True)) if a != b)
+        segment, offset = _locate(chunk, first // DTYPE_BYTES[chunk[0].tensor.write_dtype])
+        return CheckpointError(
+            f"integer tensor {segment.tensor.name!r} differs between {self.task.input_urls[older]} and "
+            f"{self.task.input_urls[newest]} at element {offset}; integers are not averaged and must be equal "
+            "(a policy with integers: newest takes the newest input's)"
+        )
+
+
+@functools.cache
+def equal_weight(vector: Vector) -> float | None:
+    """The weight that all members of a sum have; None where they differ."""
+    weights = {weight for weight in vector if weight is not None}
+    return weights.pop() if len(weights) == 1 else None
+
+
+def _fill(reader: TensorReader, chunk: Chunk, index: int, buffer: memoryview) -> int:
+    """Read one input's bytes of ``chunk``; neighbours in one object are read at once."""
+    position = 0
+    for segment, length in _byte_lengths(chunk, index):
+        place = segment.tensor.sources[index]
+        reader.read_into(place, segment.start, segment.end, buffer[position : position + length])
+        position += length
+    return position
+
+
+def _byte_lengths(chunk: Chunk, index: int) -> Iterator[tuple[Segment, int]]:
+    for segment in chunk:
+        yield segment, segment.size * DTYPE_BYTES[segment.tensor.sources[index].dtype]
+
+
+def _locate(chunk: Chunk, element: int) -> tuple[Segment, int]:
+    """The segment of a chunk's ``element`` and its index in the tensor."""
+    for segment in chunk:
+        if element < segment.size:
+            return segment, segment.start + element
+        element -= segment.size
+    raise AssertionError("no such element in the chunk")

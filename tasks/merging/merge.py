@@ -1,45 +1,24 @@
-"""Carry out a merge plan: run its tasks, publish the manifest under the lease, clear the receipts."""
+"""Carry out merge plans: run their tasks, publish each manifest under its lease, clear the receipts."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ObjectMissing
 from cluster.storage import Store, open_store
 from configs.errors import UserError
-from tasks.checkpoints.digest import content_digest
-from tasks.checkpoints.groups import group_names
-from tasks.checkpoints.manifest import (
-    Manifest,
-    Merge,
-    MergeInput,
-    model_digest,
-    read_manifest,
-)
-from tasks.checkpoints.reader import Checkpoint
-from tasks.checkpoints.run_folder import code_version
-from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry
-from tasks.checkpoints.writer import commit_manifest, write_side_files
-from tasks.merging.execute import Receipt, execute_task
+from tasks.checkpoints.manifest import Manifest, read_manifest
+from tasks.merging.execute import execute_task
 from tasks.merging.plan import MergePlan, MergeTask
+from tasks.merging.publish import publish
+from tasks.merging.receipt import Receipt
 
-COPIED_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 ATTEMPT_KEY = "receipts/attempt"
 """Marks a folder as an unpublished output of ours, so that a later attempt may go on in it."""
-RunTasks = Callable[[Callable[[MergeTask], Receipt], list[MergeTask]], Iterable[Receipt]]
+RunTasks = Callable[[Callable[[MergeTask], list[Receipt]], list[MergeTask]], Iterable[list[Receipt]]]
 """How tasks are fanned out: on local threads or as Ray tasks."""
-POLICIES = {
-    "weights": "method",
-    "optimizer_moments": "reset",
-    "integers": "equal",
-    "keep_dtype": "*e_score_correction_bias",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,19 +66,43 @@ def execute_merge(plan: MergePlan, run_tasks: RunTasks, check_lease: Callable[[]
 
     ``check_lease`` runs right before the manifest is created and raises if another driver took over.
     """
+    return execute_merges([plan], run_tasks, [check_lease])[0]
+
+
+def execute_merges(
+    plans: Sequence[MergePlan], run_tasks: RunTasks, check_leases: Sequence[Callable[[], None]]
+) -> list[MergeReport]:
+    """Carry out ``plans``, all of one :func:`tasks.merging.plan.plan_merges`, and publish each under its own lease.
+
+    What was read is counted in the first report alone. If all of them stand already this is success without work.
+    """
     started = time.perf_counter()
-    standing = find_standing(plan)
-    if standing is not None:
-        return nothing_done(standing)
-    open_store(plan.output_url).put(ATTEMPT_KEY, plan.identity.encode())
-    receipts = sorted(run_tasks(execute_task, list(plan.tasks)), key=lambda receipt: receipt.task)
-    standing = _publish(plan, receipts, check_lease)
-    _clear_receipts(plan)
+    standing = [find_standing(plan) for plan in plans]
+    if all(standing):
+        return [nothing_done(manifest) for manifest in standing if manifest]
+    for plan in plans:
+        store = open_store(plan.output_url)
+        store.abandon_uploads()
+        store.put(ATTEMPT_KEY, plan.identity.encode())
+    done = sorted(
+        (receipt for receipts in run_tasks(execute_task, list(plans[0].tasks)) for receipt in receipts),
+        key=lambda receipt: receipt.task,
+    )
+    reports = []
+    for plan, check_lease in zip(plans, check_leases, strict=True):
+        receipts = [receipt for receipt in done if receipt.output == plan.number]
+        manifest = publish(plan, receipts, check_lease)
+        _clear_receipts(plan)
+        reports.append(_report(manifest, receipts, time.perf_counter() - started))
+    return reports
+
+
+def _report(manifest: Manifest, receipts: Sequence[Receipt], seconds: float) -> MergeReport:
     return MergeReport(
-        manifest=standing,
+        manifest=manifest,
         bytes_read=sum(receipt.bytes_read for receipt in receipts),
         bytes_written=sum(receipt.shard.bytes for receipt in receipts if not receipt.reused),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         peak_memory_bytes=max((receipt.peak_memory_bytes for receipt in receipts), default=0),
         tasks_reused=sum(receipt.reused for receipt in receipts),
     )
@@ -110,84 +113,6 @@ def nothing_done(standing: Manifest) -> MergeReport:
     return MergeReport(
         manifest=standing, bytes_read=0, bytes_written=0, seconds=0.0, peak_memory_bytes=0, tasks_reused=0
     )
-
-
-def _publish(plan: MergePlan, receipts: list[Receipt], check_lease: Callable[[], None]) -> Manifest:
-    store = open_store(plan.output_url)
-    shards = tuple(receipt.shard for receipt in receipts)
-    names = sorted(tensor.name for shard in shards for tensor in shard.tensors)
-    _require_census(plan, names)
-    newest = plan.inputs[-1].manifest
-    manifest = Manifest(
-        kind="merged",
-        step=newest.step if newest else None,
-        tokens_seen=newest.tokens_seen if newest else None,
-        digest=model_digest(shards),
-        state_digest=None,
-        shards=shards,
-        files=write_side_files(store, _copied_files(plan), shards, check_lease),
-        parameter_groups=group_names(names),
-        phase=newest.phase if newest else None,
-        learning_rate=newest.learning_rate if newest else None,
-        run_id=newest.run_id if newest else None,
-        merge=Merge(
-            method=plan.method,
-            alpha=plan.alpha,
-            inputs=tuple(_describe_input(plan, receipts, index) for index in range(len(plan.inputs))),
-            weights=plan.weights,
-            dtypes=plan.dtypes,
-            policies=POLICIES,
-            identity=plan.identity,
-        ),
-        code_version=code_version(),
-        created=time.time(),
-    )
-    return commit_manifest(store, manifest, check_lease)
-
-
-def _require_census(plan: MergePlan, written: list[str]) -> None:
-    expected = sorted(plan.inputs[0].model)
-    if written != expected:
-        raise CheckpointError(
-            f"{plan.output_url}: wrote {len(written)} tensors, the inputs hold {len(expected)}; nothing was published"
-        )
-
-
-def _describe_input(plan: MergePlan, receipts: list[Receipt], index: int) -> MergeInput:
-    checkpoint = plan.inputs[index]
-    manifest = checkpoint.manifest
-    return MergeInput(
-        url=checkpoint.url,
-        digest=manifest.digest if manifest else _streamed_digest(checkpoint, receipts, index),
-        manifest_digest=checkpoint.manifest_digest,
-        step=manifest.step if manifest else None,
-        tokens_seen=manifest.tokens_seen if manifest else None,
-    )
-
-
-def _streamed_digest(checkpoint: Checkpoint, receipts: list[Receipt], index: int) -> str:
-    digests = {name: digest for receipt in receipts for name, digest in receipt.input_digests[index].items()}
-    return content_digest(
-        TensorEntry(**{**place.entry.__dict__, "digest": digests[name]}) for name, place in checkpoint.model.items()
-    )
-
-
-def _copied_files(plan: MergePlan) -> dict[str, bytes]:
-    source = plan.inputs[-1].store
-    files = {}
-    for key in COPIED_FILES:
-        data = source.read_if_present(key)
-        if data is not None:
-            if key == "config.json" and plan.dtypes["write"] != "as input":
-                data = _with_dtype(data, plan.dtypes["write"])
-            files[key] = data
-    return files
-
-
-def _with_dtype(config: bytes, dtype: str) -> bytes:
-    values = json.loads(config)
-    key = "torch_dtype" if "torch_dtype" in values and "dtype" not in values else "dtype"
-    return json.dumps({**values, key: dtype}, indent=2).encode()
 
 
 def _clear_receipts(plan: MergePlan) -> None:

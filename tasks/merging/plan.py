@@ -1,55 +1,71 @@
-"""Plan a merge from headers and manifests alone: which bytes of which inputs make which output shard.
+"""Plan merges from headers and manifests alone: which elements of which inputs make which output shard.
 
 A plan is a frozen value that prints as JSON and is executed as it stands. All differences between
-inputs are found here, before any tensor data is read.
+inputs are found here, before any tensor data is read. Several merges of one set of inputs share one
+plan, so that the bytes are read once.
 """
 
 from __future__ import annotations
 
-import fnmatch
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from configs.errors import UserError
 from tasks.checkpoints.digest import fingerprint
 from tasks.checkpoints.groups import group_names
-from tasks.checkpoints.manifest import Merge
-from tasks.checkpoints.reader import Checkpoint, TensorPlace
+from tasks.checkpoints.reader import Checkpoint
+from tasks.checkpoints.regions import TensorPlace
 from tasks.checkpoints.safetensors_header import tensor_bytes
+from tasks.merging.compare import require_alike, require_distinct, require_moments
 from tasks.merging.kernel import FLOAT_DTYPES
+from tasks.merging.methods import MethodChoice
+from tasks.merging.packing import pack_groups
+from tasks.merging.policy import DTYPE_NAMES, NEWEST, MergePolicy
 
-DTYPE_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-KEEP_DTYPE_PATTERNS = ("*e_score_correction_bias",)
-"""Tensors whose dtype an override never touches: router correction biases decide by tiny differences."""
-EQUAL_DTYPES = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-CHUNK_ELEMENTS = 1 << 18
-"""Elements of one chunk: 1 MiB in float32, so that sum, term and data stay in cache."""
+Vector = tuple[float | None, ...]
+"""A weight per input; None where an input is no part of the sum, which is not the same as a weight of zero."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SHARD_BYTES = 1 << 30
+USEFUL_SHARD_BYTES = 128 << 20
+"""Below the limit of a shard, outputs are cut to about this, so that workers share a merge and a killed one resumes."""
+MAX_USEFUL_SHARDS = 16
+CHUNK_BYTES = 1 << 20
+"""Read at a time from one input: sum, term and data stay in the second-level cache."""
+REMOTE_CHUNK_BYTES = 8 << 20
+"""The same where a read waits for a network."""
+LEAST_CHUNK_BYTES = 16 << 10
+REMOTE_BUFFERS = 6
+"""Reads in flight, where a read waits for a network."""
 WORKER_BASE_BYTES = 160 << 20
 """Allowance for a worker process before any chunk (measured: 45 MiB as a local process, 130 MiB as a Ray task)."""
-BUFFER_BYTES_PER_ELEMENT = 32
-"""Buffers of one chunk, for the widest dtype: data as read, term, sum and rounded output, 8 bytes each."""
-LEAST_CHUNK_ELEMENTS = 1 << 12
-MAX_DIFFERENCES = 50
+SUM_BYTES_PER_CHUNK_BYTE = 8
+"""Buffers of one merge, for the narrowest dtype: a float32 sum, the rounded output and terms, per byte of bfloat16 read."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedTensor:
     """One tensor of the output and where its inputs lie."""
 
     name: str
     """Disk name, the same in every input."""
-    shape: tuple[int, ...]
-    """Global shape."""
-    read_dtype: str
-    """Stored dtype, the same in every input."""
+    sources: tuple[TensorPlace, ...]
+    """Where each input holds it, oldest first."""
+    read_as: str | None
+    """Dtype that inputs are rounded or widened to before they are added; None: as stored."""
+    accumulate: str
+    """``F32`` or ``F64``; empty for tensors that are compared, not averaged."""
     write_dtype: str
     """Dtype of the output."""
-    sources: tuple[tuple[str, int], ...]
-    """Object key and byte offset in each input, oldest first."""
-    digests: tuple[str, ...]
-    """Tensor digest that each input's manifest promises; empty text where there is none."""
+    vector: int
+    """Which of an output's weight vectors holds."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Global shape."""
+        return self.sources[0].shape
 
     @property
     def num_elements(self) -> int:
@@ -58,79 +74,126 @@ class PlannedTensor:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read from one input."""
-        return tensor_bytes(self.read_dtype, self.shape)
+        """Bytes of all inputs."""
+        return sum(place.num_bytes for place in self.sources)
 
     @property
     def write_bytes(self) -> int:
-        """Bytes written."""
+        """Bytes written for one merge."""
         return tensor_bytes(self.write_dtype, self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskOutput:
+    """One merge that a task works for."""
+
+    url: str
+    """Folder of the merged checkpoint."""
+    vectors: tuple[Vector, ...]
+    """Weight vectors that the tensors refer to."""
+    identity: str
+    """Identity of the merge, so that a receipt of other inputs at the same places is not taken for this one's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeTask:
-    """One output shard: everything a worker needs, as names and numbers."""
+    """One output shard of every merge of the plan: everything a worker needs, as names and numbers."""
 
     number: int
-    """From 1."""
-    num_tasks: int
-    """Tasks of the plan."""
-    output_url: str
-    """Folder of the merged checkpoint."""
+    """From 1 over the whole plan."""
+    part: Literal["model", "state"]
+    """Whether the shard holds weights or training state."""
+    place: tuple[int, int]
+    """Which shard of how many of its part, from 1."""
+    outputs: tuple[TaskOutput, ...]
+    """The merges."""
     input_urls: tuple[str, ...]
     """Oldest first."""
-    weights: tuple[float, ...]
-    """One per input."""
     tensors: tuple[PlannedTensor, ...]
     """In file order."""
-    parameter_groups: tuple[str, ...]
-    """Groups that the shard holds, wholly or in part."""
-    plan_identity: str
-    """Identity of the plan, so that a receipt of other inputs at the same places is not taken for this one's."""
-    chunk_elements: int = CHUNK_ELEMENTS
-    """Elements per chunk; does not change the result."""
+    chunk_bytes: int = CHUNK_BYTES
+    """Bytes read at a time from one input; does not change the result."""
+    buffers: int = 1
+    """Reads in flight; does not change the result."""
 
     @property
     def shard_key(self) -> str:
         """Key of the output shard."""
-        return f"model-{self.number:05d}-of-{self.num_tasks:05d}.safetensors"
+        return f"{self.part}-{self.place[0]:05d}-of-{self.place[1]:05d}.safetensors"
+
+    @property
+    def parameter_groups(self) -> tuple[str, ...]:
+        """Groups that the shard holds, wholly or in part."""
+        return tuple(group_names(tensor.name for tensor in self.tensors))
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read over all inputs."""
-        return len(self.input_urls) * sum(tensor.read_bytes for tensor in self.tensors)
+        """Bytes read over all inputs that some merge uses."""
+        return sum(
+            place.num_bytes
+            for tensor in self.tensors
+            for index, place in enumerate(tensor.sources)
+            if self.reads(tensor, index)
+        )
+
+    def reads(self, tensor: PlannedTensor, index: int) -> bool:
+        """Whether input ``index`` is part of some sum, or a weight that must be hashed because no manifest states its digest."""
+        if self.part == "model" and not tensor.sources[index].digest:
+            return True
+        return any(output.vectors[tensor.vector][index] is not None for output in self.outputs)
 
     @property
     def bytes_written(self) -> int:
-        """Tensor bytes written."""
-        return sum(tensor.write_bytes for tensor in self.tensors)
+        """Tensor bytes written over all merges."""
+        return len(self.outputs) * sum(tensor.write_bytes for tensor in self.tensors)
 
     @property
     def memory_bytes(self) -> int:
-        """Most memory the worker needs; depends on the chunk, not on N or the model."""
-        return WORKER_BASE_BYTES + BUFFER_BYTES_PER_ELEMENT * self.chunk_elements
+        """Most memory the worker needs; depends on chunk, reads in flight and number of merges, not on N or the model."""
+        return WORKER_BASE_BYTES + self.chunk_bytes * (self.buffers + SUM_BYTES_PER_CHUNK_BYTE * len(self.outputs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One merge that is asked for."""
+
+    output_url: str
+    """Folder of the merged checkpoint."""
+    choice: MethodChoice
+    """Method and parameters."""
+    count: int | None = None
+    """How many of the newest inputs it takes; None means all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """A whole merge."""
+    """A whole merge; several of one set of inputs share their tasks."""
 
     output_url: str
     """Folder of the merged checkpoint."""
     inputs: tuple[Checkpoint, ...]
-    """Oldest first."""
-    method: str
-    """Merge method."""
-    alpha: float | None
-    """For ``ema``."""
+    """Of this merge, oldest first."""
+    choice: MethodChoice
+    """Method and parameters."""
     weights: tuple[float, ...]
     """One per input."""
     dtypes: dict[str, str]
     """Read, accumulate and write rules, for the manifest."""
-    tasks: tuple[MergeTask, ...]
+    policy: MergePolicy
+    """What becomes of each tensor."""
+    tasks: tuple[MergeTask, ...] = field(repr=False)
     """One per output shard."""
+    number: int = 0
+    """Which output of the tasks this merge is."""
+    first_input: int = 0
+    """Which input of the tasks is this merge's oldest."""
     identity: str
-    """Fingerprint of inputs, weights and dtypes: what determines the bytes."""
+    """Fingerprint of inputs, weights, dtypes and policy: what determines the bytes."""
+
+    @property
+    def method(self) -> str:
+        """Merge method."""
+        return self.choice.method
 
     def rows(self) -> list[dict[str, Any]]:
         """The plan as the command line's JSON has it."""
@@ -148,169 +211,228 @@ class MergePlan:
 
 def plan_merge(
     inputs: Sequence[Checkpoint],
-    weights: Sequence[float],
+    choice: MethodChoice,
     *,
     output_url: str,
-    method: str,
-    alpha: float | None = None,
     dtype: str | None = None,
-    shard_bytes: int = 1 << 30,
+    policy: MergePolicy | None = None,
+    shard_bytes: int = SHARD_BYTES,
     buffer_bytes: int | None = None,
 ) -> MergePlan:
-    """Plan the weighted mean of ``inputs``; ``dtype`` (such as ``bfloat16``) overrides the inputs' own for the output.
+    """Plan one merge of ``inputs``; as :func:`plan_merges`."""
+    recipe = Recipe(output_url=output_url, choice=choice)
+    return plan_merges(
+        inputs, [recipe], dtype=dtype, policy=policy, shard_bytes=shard_bytes, buffer_bytes=buffer_bytes
+    )[0]
 
-    ``buffer_bytes`` bounds what one worker's buffers take; it changes the chunk size, never the result. Raises :class:`configs.errors.UserError` listing every difference of names, shapes and dtypes between the inputs.
+
+def plan_merges(
+    inputs: Sequence[Checkpoint],
+    recipes: Sequence[Recipe],
+    *,
+    dtype: str | None = None,
+    policy: MergePolicy | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    buffer_bytes: int | None = None,
+) -> list[MergePlan]:
+    """Plan the merges that ``recipes`` ask for, from one pass over ``inputs`` (oldest first).
+
+    ``dtype`` (such as ``bfloat16``) overrides the inputs' own for the output. ``buffer_bytes`` bounds what one worker's
+    buffers take; it changes the chunk size, never the result. Raises :class:`configs.errors.UserError` listing every difference of names, shapes and dtypes between the inputs.
     """
+    policy = policy or MergePolicy()
     require_distinct(inputs)
-    _require_alike(inputs)
-    tensors = {name: _plan_tensor(name, inputs, dtype) for name in sorted(inputs[0].model)}
-    bins = pack_groups(tensors, shard_bytes=shard_bytes, min_bins=max(item.num_files for item in inputs))
+    require_alike(inputs, policy)
     dtypes = {"read": "stored", "accumulate": "float32 (float64 for float64)", "write": dtype or "as input"}
-    identity = _identity(inputs, weights, dtypes)
+    drafts = [_draft(recipe, number, inputs, dtypes, policy) for number, recipe in enumerate(recipes)]
+    outputs = tuple(TaskOutput(url=d.output_url, vectors=_vectors(d, len(inputs)), identity=d.identity) for d in drafts)
+    remote = any(item.store.reads_ahead for item in inputs)
+    buffers = REMOTE_BUFFERS if remote else 1
+    chunk = chunk_bytes(buffer_bytes, REMOTE_CHUNK_BYTES if remote else CHUNK_BYTES, buffers, len(recipes))
+    shards = _shards(inputs, policy, dtype, shard_bytes)
     tasks = tuple(
         MergeTask(
             number=number,
-            num_tasks=len(bins),
-            output_url=output_url,
+            part=part,
+            place=place,
+            outputs=outputs,
             input_urls=tuple(item.url for item in inputs),
-            weights=tuple(weights),
-            tensors=tuple(tensors[name] for name in names),
-            parameter_groups=tuple(group_names(names)),
-            plan_identity=identity,
-            chunk_elements=chunk_elements(buffer_bytes),
+            tensors=tensors,
+            chunk_bytes=chunk,
+            buffers=buffers,
         )
-        for number, names in enumerate(bins, start=1)
+        for number, (part, place, tensors) in enumerate(shards, start=1)
     )
-    return MergePlan(
-        output_url=output_url,
-        inputs=tuple(inputs),
-        method=method,
-        alpha=alpha,
-        weights=tuple(weights),
-        dtypes=dtypes,
-        tasks=tasks,
-        identity=identity,
-    )
+    return [dataclasses.replace(draft, tasks=tasks) for draft in drafts]
 
 
-def pack_groups(tensors: Mapping[str, PlannedTensor], *, shard_bytes: int, min_bins: int) -> list[list[str]]:
-    """Pack tensors into output shards: whole parameter groups, largest first, to the least-loaded shard.
-
-    Groups above ``shard_bytes`` are cut between tensors. The number of shards is the smallest that keeps
-    each under ``shard_bytes`` (a single larger tensor excepted), and at least ``min_bins`` where there
-    are enough groups.
-    """
-    units = [unit for names in group_names(tensors).values() for unit in _cut(names, tensors, shard_bytes)]
-    sizes = [sum(tensors[name].write_bytes for name in unit) for unit in units]
-    num_bins = max(1, min(len(units), max(min_bins, -(-sum(sizes) // shard_bytes))))
-    order = sorted(range(len(units)), key=lambda i: (-sizes[i], units[i][0]))
-    while True:
-        bins: list[list[str]] = [[] for _ in range(num_bins)]
-        loads = [0] * num_bins
-        counts = [0] * num_bins
-        for index in order:
-            lightest = loads.index(min(loads))
-            bins[lightest] += units[index]
-            loads[lightest] += sizes[index]
-            counts[lightest] += 1
-        fits = all(load <= shard_bytes or counts[i] == 1 for i, load in enumerate(loads))
-        if fits or num_bins >= len(units):
-            return [sorted(names) for names in bins]
-        num_bins += 1
-
-
-def chunk_elements(buffer_bytes: int | None) -> int:
-    """Elements of a chunk whose buffers fit ``buffer_bytes``, at most :data:`CHUNK_ELEMENTS`; more would leave the cache."""
+def chunk_bytes(buffer_bytes: int | None, usual: int, buffers: int, num_outputs: int) -> int:
+    """Bytes of a chunk whose buffers fit ``buffer_bytes``, at most ``usual``; more would leave the cache."""
     if buffer_bytes is None:
-        return CHUNK_ELEMENTS
-    least = LEAST_CHUNK_ELEMENTS * BUFFER_BYTES_PER_ELEMENT
-    if buffer_bytes < least:
+        return usual
+    per_byte = buffers + SUM_BYTES_PER_CHUNK_BYTE * num_outputs
+    if buffer_bytes < LEAST_CHUNK_BYTES * per_byte:
         raise UserError(
-            f"a memory budget of {buffer_bytes} bytes is too small: a worker's buffers need at least {least}"
+            f"a memory budget of {buffer_bytes} bytes is too small: a worker's buffers need at least {LEAST_CHUNK_BYTES * per_byte}"
         )
-    return min(CHUNK_ELEMENTS, buffer_bytes // BUFFER_BYTES_PER_ELEMENT)
+    return min(usual, buffer_bytes // per_byte // 64 * 64)
 
 
-def require_distinct(inputs: Sequence[Checkpoint]) -> None:
-    """Refuse an empty list and the same input twice."""
-    if not inputs:
-        raise UserError("a merge needs at least one input")
-    urls = [item.url for item in inputs]
-    twice = sorted({url for url in urls if urls.count(url) > 1})
-    if twice:
-        raise UserError(f"the same input is given twice: {', '.join(twice)}")
+def merge_identity(
+    weights: Sequence[float], dtypes: Mapping[str, str], policy: Mapping[str, Any], inputs: Sequence[Checkpoint]
+) -> str:
+    """Fingerprint of what determines a merge's bytes: its inputs as they are now, weights, dtypes and policy."""
+    return fingerprint(
+        {
+            "inputs": [_input_identity(item, with_state=policy["optimizer_moments"] != "reset") for item in inputs],
+            "weights": list(weights),
+            "dtypes": dict(dtypes),
+            "policy": dict(policy),
+        }
+    )
 
 
-def _require_alike(inputs: Sequence[Checkpoint]) -> None:
-    first, problems = inputs[0], []
-    for other in inputs[1:]:
-        for name in sorted(first.model.keys() | other.model.keys()):
-            problems += _differences(name, first, other)
-    problems += [
-        f"{name}: dtype {place.entry.dtype} cannot be merged"
-        for name, place in first.model.items()
-        if place.entry.dtype not in (*FLOAT_DTYPES, *EQUAL_DTYPES)
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:MAX_DIFFERENCES])
-        more = f"\n  and {len(problems) - MAX_DIFFERENCES} more" if len(problems) > MAX_DIFFERENCES else ""
-        raise UserError(f"the inputs do not hold the same tensors ({len(problems)} differences):\n  {shown}{more}")
+def _draft(
+    recipe: Recipe, number: int, inputs: Sequence[Checkpoint], dtypes: dict[str, str], policy: MergePolicy
+) -> MergePlan:
+    count = len(inputs) if recipe.count is None else recipe.count
+    if not 0 < count <= len(inputs):
+        raise UserError(f"a merge of {count} inputs was asked for; {len(inputs)} are given")
+    chosen = tuple(inputs[len(inputs) - count :])
+    weights = recipe.choice.build(positions_of(chosen))
+    if policy.moments == "merge" and min(weights) < 0:
+        raise UserError(
+            f"moments: merge needs weights of at least 0, method {recipe.choice.method} gives {min(weights):.3g}: "
+            "a second moment would turn negative; use moments: newest or reset"
+        )
+    return MergePlan(
+        output_url=recipe.output_url,
+        inputs=chosen,
+        choice=recipe.choice,
+        weights=weights,
+        dtypes=dtypes,
+        policy=policy,
+        tasks=(),
+        number=number,
+        first_input=len(inputs) - count,
+        identity=merge_identity(weights, dtypes, policy.describe(), chosen),
+    )
 
 
-def _differences(name: str, first: Checkpoint, other: Checkpoint) -> list[str]:
-    if name not in other.model:
-        return [f"{name}: missing from {other.url} (present in {first.url})"]
-    if name not in first.model:
-        return [f"{name}: missing from {first.url} (present in {other.url})"]
-    a, b = first.model[name].entry, other.model[name].entry
-    problems = []
-    if a.shape != b.shape:
-        problems.append(f"{name}: shape {list(a.shape)} in {first.url}, {list(b.shape)} in {other.url}")
-    if a.dtype != b.dtype:
-        problems.append(f"{name}: dtype {a.dtype} in {first.url}, {b.dtype} in {other.url}")
-    return problems
+def positions_of(inputs: Sequence[Checkpoint]) -> list[int | None]:
+    """Tokens seen of each input; None for plain folders."""
+    return [item.manifest.tokens_seen if item.manifest else None for item in inputs]
 
 
-def _plan_tensor(name: str, inputs: Sequence[Checkpoint], dtype: str | None) -> PlannedTensor:
-    places: list[TensorPlace] = [item.model[name] for item in inputs]
-    entry = places[0].entry
-    keep = entry.dtype not in FLOAT_DTYPES or any(fnmatch.fnmatch(name, pattern) for pattern in KEEP_DTYPE_PATTERNS)
+def _vectors(draft: MergePlan, num_inputs: int) -> tuple[Vector, ...]:
+    """Weight vectors over all inputs of the plan: the merge's own, ``newest``, then one per policy rule."""
+    before: Vector = (None,) * draft.first_input
+    newest: Vector = (*(None,) * (num_inputs - 1), 1.0)
+    vectors: list[Vector] = [(*before, *draft.weights), newest]
+    for rule in draft.policy.rules:
+        if rule.method is None:
+            vectors.append(vectors[0])
+        elif rule.method == NEWEST:
+            vectors.append(newest)
+        else:
+            choice = MethodChoice(method=rule.method, alpha=rule.alpha, weights=rule.weights)
+            vectors.append((*before, *choice.build(positions_of(draft.inputs))))
+    return tuple(vectors)
+
+
+def _shards(
+    inputs: Sequence[Checkpoint], policy: MergePolicy, dtype: str | None, shard_bytes: int
+) -> list[tuple[Literal["model", "state"], tuple[int, int], tuple[PlannedTensor, ...]]]:
+    names = sorted(inputs[0].model, key=lambda name: _file_order(inputs[0].model[name], name))
+    model = {name: _plan_tensor(name, [item.model[name] for item in inputs], policy, dtype) for name in names}
+    most_files = max(item.num_files for item in inputs)
+    shards: list[tuple[Literal["model", "state"], tuple[int, int], tuple[PlannedTensor, ...]]] = []
+    parts: list[tuple[Literal["model", "state"], dict[str, PlannedTensor]]] = [("model", model)]
+    if policy.moments != "reset":
+        parts.append(("state", _plan_moments(inputs, names, policy)))
+    for part, tensors in parts:
+        sizes = {name: tensor.write_bytes for name, tensor in tensors.items()}
+        bins = pack_groups(
+            sizes, shard_bytes=shard_bytes, min_bins=max(most_files, _useful_shards(sum(sizes.values())))
+        )
+        for number, chosen in enumerate(bins, start=1):
+            shards.append((part, (number, len(bins)), tuple(tensors[name] for name in chosen)))
+    return shards
+
+
+def _useful_shards(total_bytes: int) -> int:
+    """A power of two, so that two, four or eight workers end together."""
+    wanted = -(-total_bytes // USEFUL_SHARD_BYTES)
+    return int(min(MAX_USEFUL_SHARDS, 1 << max(0, wanted - 1).bit_length()))
+
+
+def _file_order(place: TensorPlace, name: str) -> tuple[str, int, str]:
+    """Tensors that lie beside each other in the oldest input stay so, and are read together."""
+    region = place.regions[0]
+    return (region.key, region.offset, name) if len(place.regions) == 1 else ("", 0, name)
+
+
+def _plan_tensor(name: str, places: Sequence[TensorPlace], policy: MergePolicy, dtype: str | None) -> PlannedTensor:
+    stored = places[0].dtype
+    rule = policy.rule_for(name)
+    vector = 0 if rule is None else 2 + policy.rules.index(rule)
+    if stored not in FLOAT_DTYPES:
+        newest = policy.integers == NEWEST or policy.takes_newest(name)
+        return _planned(name, places, write_dtype=stored, accumulate="", vector=1 if newest else vector)
+    read_as = DTYPE_NAMES[rule.read] if rule is not None and rule.read else None
+    write = read_as or stored
+    if dtype is not None and not policy.keeps_dtype(name):
+        write = DTYPE_NAMES[dtype]
+    if rule is not None and rule.write:
+        write = DTYPE_NAMES[rule.write]
+    wide = "F64" in {read_as, *(place.dtype for place in places)}
+    accumulate = DTYPE_NAMES[rule.accumulate] if rule is not None and rule.accumulate else ("F64" if wide else "F32")
+    if policy.takes_newest(name) and (rule is None or rule.method is None):
+        vector = 1
+    return _planned(name, places, write_dtype=write, accumulate=accumulate, vector=vector, read_as=read_as)
+
+
+def _planned(
+    name: str,
+    places: Sequence[TensorPlace],
+    *,
+    write_dtype: str,
+    accumulate: str,
+    vector: int,
+    read_as: str | None = None,
+) -> PlannedTensor:
     return PlannedTensor(
         name=name,
-        shape=entry.shape,
-        read_dtype=entry.dtype,
-        write_dtype=entry.dtype if keep or dtype is None else DTYPE_NAMES[dtype],
-        sources=tuple((place.key, place.entry.offset) for place in places),
-        digests=tuple(place.entry.digest for place in places),
+        sources=tuple(places),
+        read_as=read_as,
+        accumulate=accumulate,
+        write_dtype=write_dtype,
+        vector=vector,
     )
 
 
-def _cut(names: Sequence[str], tensors: Mapping[str, PlannedTensor], shard_bytes: int) -> list[list[str]]:
-    units: list[list[str]] = []
-    load = 0
-    for name in sorted(names):
-        size = tensors[name].write_bytes
-        if not units or load + size > shard_bytes:
-            units.append([])
-            load = 0
-        units[-1].append(name)
-        load += size
-    return units
+def _plan_moments(inputs: Sequence[Checkpoint], names: Sequence[str], policy: MergePolicy) -> dict[str, PlannedTensor]:
+    floats = [name for name in names if inputs[0].model[name].dtype in FLOAT_DTYPES]
+    wanted = [f"{moment}.{name}" for moment in MOMENTS for name in floats if f"{moment}.{name}" in inputs[-1].state]
+    if not wanted:
+        wanted = [f"{moment}.{name}" for moment in MOMENTS for name in floats]
+    holders = inputs[-1:] if policy.moments == NEWEST else inputs
+    require_moments(holders, floats, wanted=wanted)
+    planned = {}
+    for name in wanted:
+        places = [item.state.get(name, inputs[-1].state[name]) for item in inputs]
+        weight = _plan_tensor(name.split(".", 1)[1], places, policy, None)
+        vector = 1 if policy.moments == NEWEST else weight.vector
+        planned[name] = _planned(
+            name, places, write_dtype=places[-1].dtype, accumulate=weight.accumulate, vector=vector
+        )
+    return planned
 
 
-def merge_identity(merge: Merge, inputs: Sequence[Checkpoint]) -> str:
-    """What :func:`plan_merge` would give a merge with the weights and dtypes of ``merge`` from ``inputs`` as they are now."""
-    return _identity(inputs, merge.weights, merge.dtypes)
-
-
-def _identity(inputs: Sequence[Checkpoint], weights: Sequence[float], dtypes: Mapping[str, str]) -> str:
-    return fingerprint(
-        {"inputs": [_input_identity(item) for item in inputs], "weights": list(weights), "dtypes": dict(dtypes)}
-    )
-
-
-def _input_identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    if checkpoint.manifest is not None:
-        return {"digest": checkpoint.manifest.digest}
-    keys = sorted({place.key for place in checkpoint.model.values()})
+def _input_identity(checkpoint: Checkpoint, *, with_state: bool) -> dict[str, Any]:
+    manifest = checkpoint.manifest
+    if manifest is not None:
+        return {"digest": manifest.digest, "state": manifest.state_digest if with_state else None}
+    places = [*checkpoint.model.values(), *(checkpoint.state.values() if with_state else ())]
+    keys = sorted({region.key for place in places for region in place.regions})
     return {"url": checkpoint.url, "versions": [[key, checkpoint.store.version(key)] for key in keys]}

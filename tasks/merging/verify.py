@@ -1,17 +1,10 @@
-"""Prove a checkpoint again from what is stored: digests, census, lineage, and a merge recomputed in float64.
-
-The recomputation shares no arithmetic with the merge kernel: it decodes bytes to float64 by NumPy alone and
-sums in float64, on a random sample of chunks whose seed is the checkpoint's own digest.
-"""
+"""Prove a checkpoint again from what is stored: digests, census, lineage, and a merge recomputed in float64."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from cluster.errors import ObjectMissing, StorageError
 from cluster.storage import Store, open_store
@@ -27,18 +20,16 @@ from tasks.checkpoints.manifest import (
     read_manifest,
     state_digest,
 )
-from tasks.checkpoints.reader import Checkpoint, TensorPlace, open_checkpoint
+from tasks.checkpoints.reader import Checkpoint, open_checkpoint
+from tasks.checkpoints.regions import TensorPlace
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES, CheckpointError, TensorEntry, read_header
-from tasks.merging.methods import build_weights
+from tasks.checkpoints.tensor_reader import TensorReader
+from tasks.merging.methods import EVALUATED_METHODS, MethodChoice
 from tasks.merging.plan import merge_identity
+from tasks.merging.recompute import check_sample
 
-SAMPLES = 128
-SAMPLE_ELEMENTS = 4096
 READ_BYTES = 8 << 20
 MAX_PROBLEMS = 5
-# Half a unit in the last place, relative, of the output dtype; and its smallest step, near zero.
-OUTPUT_EPSILON = {"F64": 2.0**-53, "F32": 2.0**-24, "BF16": 2.0**-8, "F16": 2.0**-11}
-SMALLEST = {"F64": 0.0, "F32": 2.0**-149, "BF16": 2.0**-133, "F16": 2.0**-24}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +70,7 @@ def verify_checkpoint(url: str) -> Verification:
         checks["weights"] = lambda: _check_weights(merge)
         checks["lineage"] = lambda: _check_lineage(merge)
         checks["census"] = lambda: _check_census(manifest, merge)
-        checks["recomputed sample"] = lambda: _check_sample(store, manifest, merge)
+        checks["recomputed sample"] = lambda: check_sample(store, manifest, merge)
     return Verification(digest=manifest.digest, checks={name: _run(check) for name, check in checks.items()})
 
 
@@ -155,9 +146,15 @@ def _check_weights(merge: Merge) -> Iterator[str]:
     if len(merge.weights) != len(merge.inputs):
         yield f"{len(merge.weights)} weights for {len(merge.inputs)} inputs"
         return
-    if merge.method == "weights":
+    if merge.method == "weights" or merge.method in EVALUATED_METHODS:
         return  # explicit weights follow no rule; the recomputed sample holds them
-    expected = build_weights(merge.method, len(merge.inputs), merge.alpha)
+    choice = MethodChoice(
+        method=merge.method,
+        alpha=merge.alpha,
+        decay=tuple(merge.options["decay"]) if "decay" in merge.options else None,
+        width=merge.options.get("width"),
+    )
+    expected = choice.build([item.tokens_seen for item in merge.inputs])
     for number, (found, right) in enumerate(zip(merge.weights, expected, strict=True), start=1):
         if found != right:
             yield f"weight {number} is {found!r}; method {merge.method} gives {right!r}"
@@ -171,80 +168,52 @@ def _check_lineage(merge: Merge) -> Iterator[str]:
                 yield f"{item.url}: its manifest is not the one that was merged"
         elif (found := _plain_digest(checkpoint)) != item.digest:
             yield f"{item.url}: content digest {found[:16]}, {item.digest[:16]} was merged: it was replaced since"
-    if (identity := merge_identity(merge, [open_checkpoint(item.url) for item in merge.inputs])) != merge.identity:
+    if (identity := _identity_now(merge)) != merge.identity:
         yield f"inputs, weights and dtypes have identity {identity[:16]}, the manifest says {merge.identity[:16]}"
+
+
+def _identity_now(merge: Merge) -> str:
+    inputs = [open_checkpoint(item.url) for item in merge.inputs]
+    return merge_identity(merge.weights, merge.dtypes, merge.policies, inputs)
 
 
 def _check_census(manifest: Manifest, merge: Merge) -> Iterator[str]:
     written = {entry.name: entry.shape for entry in manifest.model_tensors()}
     for item in merge.inputs:
         places = open_checkpoint(item.url).model
-        expected = {name: place.entry.shape for name, place in places.items()}
+        expected = {name: place.shape for name, place in places.items()}
         for name in sorted(expected.keys() | written.keys()):
             if expected.get(name) != written.get(name):
                 yield f"tensor {name!r} is {expected.get(name)} in {item.url}, {written.get(name)} in the merge"
 
 
-def _check_sample(store: Store, manifest: Manifest, merge: Merge) -> Iterator[str]:
-    inputs = [open_checkpoint(item.url) for item in merge.inputs]
-    places = {
-        entry.name: (shard.key, entry) for shard in manifest.shards for entry in shard.tensors if shard.part == "model"
-    }
-    # What an input lacks or holds in another shape is the census's to name.
-    floats = [
-        name for name in sorted(places) if all(_is_comparable(places[name][1], c.model.get(name)) for c in inputs)
-    ]
-    random = np.random.default_rng(int(manifest.digest[:15], 16))
-    for name in random.choice(floats, SAMPLES) if floats else []:
-        key, entry = places[name]
-        elements = entry.bytes // DTYPE_BYTES[entry.dtype]
-        start = int(random.integers(0, max(1, elements - SAMPLE_ELEMENTS + 1)))
-        end = min(start + SAMPLE_ELEMENTS, elements)
-        stored = _read_float64(store, key, entry, start, end)
-        terms = [
-            weight * _read_float64(c.store, c.model[name].key, c.model[name].entry, start, end)
-            for weight, c in zip(merge.weights, inputs, strict=True)
-        ]
-        yield from _compare(name, start, stored, terms, entry.dtype)
-
-
-def _is_comparable(entry: TensorEntry, place: TensorPlace | None) -> bool:
-    if place is None or place.entry.shape != entry.shape:
-        return False
-    return entry.dtype in OUTPUT_EPSILON and place.entry.dtype in OUTPUT_EPSILON
-
-
-def _compare(
-    name: str, start: int, stored: NDArray[np.float64], terms: list[NDArray[np.float64]], dtype: str
-) -> Iterator[str]:
-    exact = np.sum(terms, axis=0)
-    accumulate = 2.0**-53 if dtype == "F64" else 2.0**-24
-    bound = (len(terms) + 2) * accumulate * np.sum(np.abs(terms), axis=0)
-    bound += OUTPUT_EPSILON[dtype] * np.abs(exact) * (1 + 2.0**-8) + SMALLEST[dtype]
-    wrong = np.abs(stored - exact) > bound
-    if not np.isfinite(stored).all() or wrong.any():
-        at = int(np.argmax(wrong | ~np.isfinite(stored)))
-        yield f"tensor {name!r}, element {start + at}: stored {stored[at]!r}, the inputs give {exact[at]!r}"
-
-
-def _read_float64(store: Store, key: str, entry: TensorEntry, start: int, end: int) -> NDArray[np.float64]:
-    width = DTYPE_BYTES[entry.dtype]
-    data = store.read_range(key, entry.offset + start * width, entry.offset + end * width)
-    if entry.dtype == "BF16":
-        words = np.zeros((end - start, 2), dtype="<u2")
-        words[:, 1] = np.frombuffer(data, dtype="<u2")
-        return words.view("<f4")[:, 0].astype(np.float64)
-    return np.frombuffer(data, dtype={"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry.dtype]).astype(np.float64)
-
-
 def _plain_digest(checkpoint: Checkpoint) -> str:
     entries = []
-    for place in checkpoint.model.values():
-        hasher = new_hasher()
-        for data in _read(checkpoint.store, place.key, place.entry.offset, place.entry.offset + place.entry.bytes):
-            hasher.update(data)
-        entries.append(TensorEntry(**{**place.entry.__dict__, "digest": str(hasher.hexdigest())}))
+    with TensorReader(checkpoint.store) as reader:
+        for name, place in checkpoint.model.items():
+            hasher = new_hasher()
+            for data in _elements(reader, place):
+                hasher.update(data)
+            entries.append(
+                TensorEntry(
+                    name=name,
+                    dtype=place.dtype,
+                    shape=place.shape,
+                    offset=0,
+                    bytes=place.num_bytes,
+                    digest=str(hasher.hexdigest()),
+                )
+            )
     return content_digest(entries)
+
+
+def _elements(reader: TensorReader, place: TensorPlace) -> Iterator[memoryview]:
+    step = READ_BYTES // DTYPE_BYTES[place.dtype]
+    for start in range(0, place.num_elements, step):
+        end = min(start + step, place.num_elements)
+        data = memoryview(bytearray((end - start) * DTYPE_BYTES[place.dtype]))
+        reader.read_into(place, start, end, data)
+        yield data
 
 
 def _read(store: Store, key: str, start: int, end: int) -> Iterator[bytes]:

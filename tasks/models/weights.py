@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from cluster.storage import Store
-from tasks.checkpoints.reader import Checkpoint, TensorPlace
+from tasks.checkpoints.reader import Checkpoint
+from tasks.checkpoints.regions import TensorPlace
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES, CheckpointError
+from tasks.checkpoints.tensor_reader import TensorReader
 from tasks.models.disk_layout import Piece, pieces_of
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -35,14 +37,14 @@ def require_census(
     problems = [f"missing {name}" for name in sorted(expected.keys() - places.keys())]
     problems += [f"unknown {name}" for name in sorted(places.keys() - expected.keys()) if name.startswith(prefix)]
     problems += [
-        f"{name} has shape {list(places[name].entry.shape)}, the network {list(shape)}"
+        f"{name} has shape {list(places[name].shape)}, the network {list(shape)}"
         for name, shape in expected.items()
-        if name in places and places[name].entry.shape != shape
+        if name in places and places[name].shape != shape
     ]
     problems += [
-        f"{name} has dtype {places[name].entry.dtype}, which holds no weights"
+        f"{name} has dtype {places[name].dtype}, which holds no weights"
         for name in expected
-        if name in places and places[name].entry.dtype not in TORCH_DTYPES
+        if name in places and places[name].dtype not in TORCH_DTYPES
     ]
     if problems:
         raise CheckpointError(f"{url} does not fit the network: {'; '.join(problems[:20])}")
@@ -82,10 +84,11 @@ def _covered(pieces: Iterable[Piece], row_start: int, num_rows: int) -> Iterable
 
 
 def _read_rows(store: Store, place: TensorPlace, row_start: int, row_end: int) -> torch.Tensor:
-    entry = place.entry
-    row_shape = entry.shape[1:]
-    row_bytes = DTYPE_BYTES[entry.dtype] * int(torch.Size(row_shape).numel())
-    start = entry.offset + row_start * row_bytes
-    data = store.read_range(place.key, start, start + (row_end - row_start) * row_bytes)
-    flat = torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[entry.dtype])
+    row_shape = place.shape[1:]
+    row_elements = int(torch.Size(row_shape).numel())
+    data = bytearray((row_end - row_start) * row_elements * DTYPE_BYTES[place.dtype])
+    if data:
+        with TensorReader(store) as reader:
+            reader.read_into(place, row_start * row_elements, row_end * row_elements, memoryview(data))
+    flat = torch.frombuffer(data, dtype=TORCH_DTYPES[place.dtype]) if data else torch.empty(0)
     return flat.reshape(row_end - row_start, *row_shape)

@@ -18,13 +18,17 @@ from tasks.checkpoints.digest import digest_bytes
 from tasks.checkpoints.manifest import INDEX_KEY, MANIFEST_KEY
 from tasks.checkpoints.reader import SINGLE_FILE_KEY, Checkpoint, open_checkpoint
 from tasks.checkpoints.safetensors_header import CheckpointError
+from tasks.checkpoints.tensor_reader import TensorReader
 
 A, B, C = torch.arange(6.0).reshape(2, 3), torch.arange(4.0), torch.tensor(3.0)
 
 
 def tensor_bytes_at(checkpoint: Checkpoint, name: str, part: str = "model") -> bytes:
     place = getattr(checkpoint, part)[name]
-    return checkpoint.store.read_range(place.key, place.entry.offset, place.entry.offset + place.entry.bytes)
+    data = bytearray(place.num_bytes)
+    with TensorReader(checkpoint.store) as reader:
+        reader.read_into(place, 0, place.num_elements, memoryview(data))
+    return bytes(data)
 
 
 def put_folder(store: Store, weight_map: object, **files: dict[str, torch.Tensor]) -> None:
@@ -48,7 +52,7 @@ def test_open_single_file_finds_every_tensor(save_folder: Callable[..., str]) ->
 def test_open_sharded_folder_finds_every_tensor(save_folder: Callable[..., str]) -> None:
     url = save_folder("sharded", {"a": A}, {"b": B, "c": C})
     checkpoint = open_checkpoint(url)
-    assert {name: place.key for name, place in checkpoint.model.items()} == {
+    assert {name: place.regions[0].key for name, place in checkpoint.model.items()} == {
         "a": "model-00001-of-00002.safetensors",
         "b": "model-00002-of-00002.safetensors",
         "c": "model-00002-of-00002.safetensors",

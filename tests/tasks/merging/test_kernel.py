@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tasks.merging.kernel import FLOAT_DTYPES, ChunkSum, encode, first_nonfinite, first_nonfinite_stored
+from tasks.merging.kernel import (
+    FLOAT_DTYPES,
+    Bfloat16Sum,
+    PlainSum,
+    encode,
+    first_nonfinite,
+    first_nonfinite_stored,
+    new_sum,
+)
 from tasks.merging.methods import build_weights
 
 SIZE = 1000
@@ -41,13 +49,17 @@ def float64_of(data: bytes, dtype: str) -> NDArray[np.float64]:
 def merge(inputs: Sequence[bytes], weights: Sequence[float], dtype: str, cut: Sequence[int] = (0, SIZE)) -> bytes:
     """Sum of ``inputs`` in chunks cut at ``cut``, stored as ``dtype``."""
     width = WIDTH[dtype]
-    chunk = ChunkSum(max(end - start for start, end in itertools.pairwise(cut)), dtype)
+    chunk = new_sum(max(end - start for start, end in itertools.pairwise(cut)), [dtype], None, accumulator_of(dtype))
     out = b""
     for start, end in itertools.pairwise(cut):
         for index, (data, weight) in enumerate(zip(inputs, weights, strict=True)):
-            chunk.add(data[start * width : end * width], weight, first=index == 0)
-        out += encode(chunk.result(end - start), dtype).tobytes()
+            chunk.add(memoryview(data)[start * width : end * width], dtype, weight, first=index == 0)
+        out += bytes(chunk.store(end - start, dtype)[0])
     return out
+
+
+def accumulator_of(dtype: str) -> str:
+    return "F64" if dtype == "F64" else "F32"
 
 
 def output_rounding(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
@@ -87,10 +99,10 @@ def test_sum_of_low_precision_inputs_keeps_what_their_own_dtype_would_lose() -> 
     # 1 and 100 times 2**-8: adding one by one in bfloat16 stays at 1.
     inputs = [np.array([x], np.float32).view(np.uint32) >> 16 for x in [1.0] + [2.0**-8] * 100]
     data = [item.astype(np.uint16).tobytes() for item in inputs]
-    chunk = ChunkSum(1, "BF16")
+    chunk = new_sum(1, ["BF16"], None, "F32")
     for index, item in enumerate(data):
-        chunk.add(item, 1.0, first=index == 0)
-    assert chunk.result(1)[0] == 1 + 100 * 2.0**-8
+        chunk.add(memoryview(item), "BF16", 1.0, first=index == 0)
+    assert np.frombuffer(chunk.store(1, "F32")[0], np.float32)[0] == 1 + 100 * 2.0**-8
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -128,11 +140,10 @@ def test_sum_any_cut_gives_the_same_bits(cuts: set[int], dtype: str) -> None:
 
 
 def test_sum_after_a_longer_chunk_starts_anew() -> None:
-    chunk = ChunkSum(4, "F32")
-    chunk.add(np.full(4, 7.0, np.float32).tobytes(), 1.0, first=True)
-    chunk.add(np.full(2, 1.0, np.float32).tobytes(), 0.5, first=True)
-    chunk.add(np.full(2, 3.0, np.float32).tobytes(), 0.5, first=False)
-    assert chunk.result(2).tolist() == [2.0, 2.0]
+    chunk = new_sum(4, ["F32"], None, "F32")
+    for values, weight, first in ([7.0] * 4, 1.0, True), ([1.0] * 2, 0.5, True), ([3.0] * 2, 0.5, False):
+        chunk.add(memoryview(stored(values, "F32")), "F32", weight, first=first)
+    assert np.frombuffer(chunk.store(2, "F32")[0], np.float32).tolist() == [2.0, 2.0]
 
 
 # Rounding to the output dtype
@@ -210,11 +221,11 @@ def test_first_nonfinite_largest_and_smallest_values_are_finite(dtype: str) -> N
 @pytest.mark.parametrize("bad", [NAN, INFINITY, -INFINITY])
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_sum_nonfinite_input_shows_in_the_output(read: str, write: str, bad: float, position: int) -> None:
-    chunk = ChunkSum(3, read)
+    chunk = new_sum(3, [read], None, accumulator_of(read))
     for index in range(3):
         data = stored([1.0, bad if index == position else 1.0, 1.0], read)
-        chunk.add(data, 1 / 3, first=index == 0)
-    assert first_nonfinite(encode(chunk.result(3), write), write) == 1
+        chunk.add(memoryview(data), read, 1 / 3, first=index == 0)
+    assert chunk.store(3, write)[1] == 1
 
 
 @pytest.mark.parametrize(("write", "value"), [("F16", 65_520.0), ("BF16", 3.4e38), ("F32", 3.5e38)])
@@ -237,7 +248,43 @@ def test_encode_bfloat16_keeps_every_nonfinite_value_nonfinite() -> None:
 def test_sum_that_is_not_finite_is_found_without_a_warning(
     values: tuple[float, float], weights: tuple[float, float]
 ) -> None:
-    chunk = ChunkSum(1, "F32")
+    chunk = new_sum(1, ["F32"], None, "F32")
     for index, (value, weight) in enumerate(zip(values, weights, strict=True)):
-        chunk.add(stored([value], "F32"), weight, first=index == 0)
-    assert first_nonfinite(encode(chunk.result(1), "F32"), "F32") == 0
+        chunk.add(memoryview(stored([value], "F32")), "F32", weight, first=index == 0)
+    assert chunk.store(1, "F32")[1] == 0
+
+
+@pytest.mark.parametrize("write", ["BF16", "F32", "F16"])
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 999])
+@pytest.mark.parametrize("weights", [(0.25, 0.25, 0.5), (None, None, None)])
+def test_sum_of_bfloat16_in_words_gives_the_bits_of_the_plain_sum(
+    size: int, write: str, weights: tuple[float | None, ...]
+) -> None:
+    inputs = random_inputs("BF16", 3, size)
+    results = []
+    for chunk in (Bfloat16Sum(size), PlainSum(size, None, "F32")):
+        for index, (data, weight) in enumerate(zip(inputs, weights, strict=True)):
+            chunk.add(memoryview(data), "BF16", weight, first=index == 0)
+        scale = 1 / 3 if weights[0] is None else None
+        results.append(bytes(chunk.store(size, write, scale)[0]))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("mixed", "accumulate"), [(("BF16", "F32", "F16"), "F32"), (("F64", "BF16"), "F64")])
+def test_sum_inputs_of_different_dtypes_are_widened(mixed: tuple[str, ...], accumulate: str) -> None:
+    inputs = [random_inputs(dtype, 1, SIZE, seed)[0] for seed, dtype in enumerate(mixed)]
+    chunk = new_sum(SIZE, mixed, None, accumulate)
+    for index, (data, dtype) in enumerate(zip(inputs, mixed, strict=True)):
+        chunk.add(memoryview(data), dtype, 0.5, first=index == 0)
+    exact = sum(0.5 * float64_of(data, dtype) for data, dtype in zip(inputs, mixed, strict=True))
+    found = np.frombuffer(chunk.store(SIZE, accumulate)[0], np.float32 if accumulate == "F32" else np.float64)
+    assert np.abs(found - exact).max() <= 5 * 2.0**-24 * np.abs(exact).max()
+
+
+def test_sum_read_as_a_shorter_dtype_rounds_every_input_first() -> None:
+    inputs = random_inputs("F32", 2)
+    chunk = new_sum(SIZE, ["F32"], "BF16", "F32")
+    for index, data in enumerate(inputs):
+        chunk.add(memoryview(data), "F32", 0.5, first=index == 0)
+    expected = sum(0.5 * torch.frombuffer(bytearray(d), dtype=torch.float32).bfloat16().float() for d in inputs)
+    assert bytes(chunk.store(SIZE, "F32")[0]) == expected.numpy().tobytes()

@@ -83,7 +83,7 @@ def test_weights_alpha_is_of_no_account_to_other_methods(method: str) -> None:
 
 @HYPOTHESIS
 @given(
-    method=st.sampled_from(METHODS),
+    method=st.sampled_from([method for method in METHODS if method not in ("wsm:list", "power-ema")]),
     count=st.integers(1, 60),
     alpha=st.floats(0.0, 1.0, exclude_min=True),
 )

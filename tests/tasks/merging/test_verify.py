@@ -15,7 +15,7 @@ from cluster.fan_out import fan_out_local
 from configs.errors import UserError
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.merging.merge import execute_merge
-from tasks.merging.methods import build_weights
+from tasks.merging.methods import MethodChoice
 from tasks.merging.plan import plan_merge
 from tasks.merging.verify import verify_checkpoint
 
@@ -35,9 +35,7 @@ def merged(save_folder: SaveFolder, tmp_path: Path) -> Callable[..., Path]:
 
     def make(dtype: torch.dtype = torch.float32, output_dtype: str | None = None) -> Path:
         inputs = [open_checkpoint(save_folder(f"input-{n}", tensors(n, dtype))) for n in range(3)]
-        plan = plan_merge(
-            inputs, build_weights("wma", 3), output_url=str(tmp_path / "merged"), method="wma", dtype=output_dtype
-        )
+        plan = plan_merge(inputs, MethodChoice(method="wma"), output_url=str(tmp_path / "merged"), dtype=output_dtype)
         execute_merge(plan, lambda function, tasks: fan_out_local(function, tasks, num_workers=1), lambda: None)
         return tmp_path / "merged"
 
@@ -118,7 +116,7 @@ def test_verify_manifest_of_another_merge_is_found(merged: Callable[..., Path], 
     before = (folder / "manifest.json").read_text()
     other = tmp_path / "other"
     inputs = [open_checkpoint(str(tmp_path / f"input-{n}")) for n in (0, 1)]
-    plan = plan_merge(inputs, build_weights("sma", 2), output_url=str(other), method="sma")
+    plan = plan_merge(inputs, MethodChoice(method="sma"), output_url=str(other))
     execute_merge(plan, lambda function, tasks: fan_out_local(function, tasks, num_workers=1), lambda: None)
     (other / "manifest.json").write_text(before)
     assert "differs from its digest" in problems_of(other, "shards")
