@@ -261,6 +261,8 @@ class MergeConfig:
     """Tokens between neighbouring snapshots of a window (the paper's V); null means ``snapshots.interval_tokens``."""
     alpha: float = 0.2
     """Weight of the newest snapshot in the EMA recursion; the paper tries 0.1 and 0.2."""
+    max_span_fraction: float | None = None
+    """Longest span of a window, (N - 1) V, as a part of the tokens seen: early merges take fewer snapshots; null means any."""
     comparison_counts: tuple[int, ...] = (3, 6, 10, 15)
     """Values of N that the end-of-run table compares, where there are enough snapshots."""
     shard_bytes: int = execution(1 << 30)
@@ -271,6 +273,12 @@ class MergeConfig:
     def __post_init__(self) -> None:
         require(self.count >= 2, "merge.count", self.count, "at least 2 snapshots make a merge")
         require(0 < self.alpha <= 1, "merge.alpha", self.alpha, "in (0, 1]")
+        require(
+            self.max_span_fraction is None or 0 < self.max_span_fraction <= 1,
+            "merge.max_span_fraction",
+            self.max_span_fraction,
+            "in (0, 1], or null",
+        )
         require(
             all(count >= 2 for count in self.comparison_counts),
             "merge.comparison_counts",

@@ -98,49 +98,49 @@ def anneal(run_url: str, from_step: int, tokens: int | None, as_json: bool, debu
 @click.argument("more_inputs", nargs=-1, metavar="")
 @click.option("--output", metavar="URL", help="Folder of the result.")
 @click.option(
-    "--method", default="sma", show_default=True, help="sma, wma, ema, wsm:linear, wsm:cosine, wsm:1-sqrt or weights."
+    "--across", multiple=True, metavar="BORDER", help="Let the window cross a border: phase, spike or fork; repeatable."
+)
+@click.option(
+    "--method",
+    default="sma",
+    show_default=True,
+    help="sma, wma, ema, wsm:linear|cosine|1-sqrt|list, power-ema, weights, greedy or search.",
 )
 @click.option("--alpha", type=float, help="For ema: weight of the newest, in (0, 1].")
 @click.option("--weights", metavar="w1,w2,...", help="For method weights: one per input, oldest first, summing to 1.")
+@click.option("--decay", metavar="d0,d1,...", help="For wsm:list: decay values of the inputs, from 1 downwards.")
+@click.option("--width", type=float, help="For power-ema: relative width of the average, such as 0.1.")
+@click.option("--grid", metavar="METHOD:N,...", help="Several merges in one read, such as sma:3,wma:10,ema=0.2:10.")
 @click.option("--allow-unnormalised", is_flag=True, help="Accept --weights that do not sum to 1.")
 @click.option("--dtype", help="Output dtype, such as bfloat16; default the inputs' own.")
+@click.option("--policy", metavar="FILE", help="YAML: dtypes, methods and moments by tensor (docs/merging.md).")
 @click.option("--workers", default="local", show_default=True, help="ray, local (threads), or K local processes.")
 @click.option("--memory-budget", metavar="BYTES", help="Most memory for one worker's buffers, such as 32MiB.")
+@click.option("--moe-report", is_flag=True, help="Say how experts and routers moved between the inputs.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @common
 def merge(
     run_url: str | None,
-    count: int | None,
-    interval_tokens: int | None,
-    end: int | None,
     inputs: tuple[str, ...],
     more_inputs: tuple[str, ...],
-    output: str | None,
-    method: str,
-    alpha: float | None,
-    weights: str | None,
-    allow_unnormalised: bool,
-    dtype: str | None,
-    workers: str,
-    memory_budget: str | None,
+    moe_report: bool,
     dry_run: bool,
     as_json: bool,
     debug: bool,
+    **options: Any,
 ) -> int:
     """Merge checkpoints: of a run by rule, or any that are named."""
 
     def work() -> dict[str, Any]:
         from configs.errors import UserError
-        from pipelines.merge import MergeRequest
         from pipelines.merge import merge as story
+        from pipelines.merge_request import MergeRequest
 
         if more_inputs and not inputs:
             raise UserError(f"unexpected argument {more_inputs[0]!r}; checkpoints go after --inputs")
-        request = MergeRequest(
-            run=run_url, inputs=(*inputs, *more_inputs), count=count, interval_tokens=interval_tokens, end=end,
-            output=output, method=method, alpha=alpha, weights=weights, allow_unnormalised=allow_unnormalised, dtype=dtype, workers=workers, memory_budget=memory_budget,
-        )  # fmt: skip
-        return story(request, dry_run=dry_run)
+        # The options that are left are named as the request's fields.
+        request = MergeRequest(run=run_url, inputs=(*inputs, *more_inputs), **options)
+        return story(request, dry_run=dry_run, moe_report=moe_report)
 
     return run_command(work, render_merge, as_json=as_json, debug=debug)
 

@@ -40,6 +40,7 @@ def scheduled_rule(config: Config) -> WindowRule:
         count=config.merge.count,
         interval_tokens=config.merge_interval_tokens,
         alpha=config.merge.alpha if config.merge.method == "ema" else None,
+        max_span_fraction=config.merge.max_span_fraction,
     )
 
 
@@ -52,7 +53,7 @@ def merge_window(
     cancelled: Callable[[], bool],
 ) -> MergeReport:
     """Merge one window of the run as Ray tasks, under the run's lease."""
-    name = rule.output_name(window[-1].step)
+    name = rule.name_at(window[-1].manifest)
     plan = plan_merge(
         [open_checkpoint(snapshot.url) for snapshot in window],
         MethodChoice(method=rule.method, alpha=rule.alpha),
@@ -166,7 +167,7 @@ class Beside:
         assert self.rule is not None
         due = due_windows(self.run.snapshots(), self.rule, set(self.run.merged()))
         for window in due:
-            self.activity["merge"] = f"merging {self.rule.output_name(window[-1].step)}"
+            self.activity["merge"] = f"merging {self.rule.name_at(window[-1].manifest)}"
             merge_window(self.run, self.config, self.rule, window, self.lease, self._cancelled.is_set)
             self.activity.pop("merge", None)
         return len(due)

@@ -100,7 +100,7 @@ def compare(run: RunFolder, config: Config, fork: int) -> dict[str, Any]:
     raw = evaluation_of(run, config, raw_snapshot.manifest.digest)
     annealed = evaluation_of(branch, branch.identity().config, annealed_snapshot.manifest.digest)
     forecast = forecast_at(run, config, raw_snapshot.step)
-    name = scheduled_rule(config).output_name(raw_snapshot.step)
+    name = scheduled_rule(config).name_at(raw_snapshot.manifest)
     merged_manifest = run.merged().get(name)
     merged = evaluation_of(run, config, merged_manifest.digest) if merged_manifest else None
     return {

@@ -33,10 +33,12 @@ class Forecast:
 
 def forecast_at(run: RunFolder, config: Config, step: int) -> Forecast | None:
     """Forecast from the scheduled merge that ends at ``step``; None if that was not merged and evaluated."""
-    name = scheduled_rule(config).output_name(step)
-    manifest = run.merged().get(name)
     raw = next((s for s in run.snapshots() if s.step == step), None)
-    if manifest is None or raw is None:
+    if raw is None:
+        return None
+    name = scheduled_rule(config).name_at(raw.manifest)
+    manifest = run.merged().get(name)
+    if manifest is None:
         return None
     merged, before = evaluation_of(run, config, manifest.digest), evaluation_of(run, config, raw.manifest.digest)
     if merged is None or before is None:

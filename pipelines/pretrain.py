@@ -139,7 +139,7 @@ def num_cpus(config: Config) -> int:
 def register_newest(run: RunFolder, config: Config, tracking: TrackingThread) -> None:
     """Point the registered model's alias at the newest scheduled merge."""
     snapshots = run.snapshots()
-    name = scheduled_rule(config).output_name(snapshots[-1].step) if snapshots else ""
+    name = scheduled_rule(config).name_at(snapshots[-1].manifest) if snapshots else ""
     manifest = run.merged().get(name)
     if manifest is not None:
         tracking.register(f"{run.url}/merged/{name}", manifest)

@@ -56,7 +56,7 @@ def status(run_url: str) -> dict[str, Any]:
         "segments": run.segments(),
         "branches": run.branches(),
         "leases": leases,
-        "due": [rule.output_name(window[-1].step) for window in due_windows(snapshots, rule, set(merged))],
+        "due": [rule.name_at(window[-1].manifest) for window in due_windows(snapshots, rule, set(merged))],
         "tracking": tracking_status(run, is_driven=any(row["name"] == RUN_LEASE for row in leases)),
     }
 

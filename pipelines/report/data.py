@@ -87,7 +87,7 @@ def gather(run_url: str) -> ReportData:
         journal=journal,
         branch_journals=journals,
         raw=raw,
-        merged=[m for m in merges if m.manifest.step is not None and m.name == rule.output_name(m.manifest.step)],
+        merged=[m for m in merges if m.manifest.step is not None and m.name == rule.name_at(m.manifest)],
         comparison=[m for m in merges if m.manifest.step == last],
         branches={name: _evaluated_snapshots(branch, branch.identity().config) for name, branch in branches.items()},
         fork_tokens={name: s.tokens_seen for name, b in branches.items() if (s := b.identity().start) is not None},

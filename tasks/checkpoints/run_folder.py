@@ -122,6 +122,15 @@ class RunFolder:
                 found.append(Snapshot(step=manifest.step, url=f"{self.url}/snapshots/{name}", manifest=manifest))
         return sorted(found, key=lambda snapshot: snapshot.step)
 
+    def trajectory(self) -> list[Snapshot]:
+        """Snapshots of this run and, before the point where it was forked, of the run it came from; by step."""
+        start = self.identity().start
+        own = self.snapshots()
+        if start is None or "/snapshots/" not in start.url:
+            return own
+        parent = RunFolder(start.url.rpartition("/snapshots/")[0])
+        return [snapshot for snapshot in parent.trajectory() if snapshot.step <= start.step] + own
+
     def merged(self) -> dict[str, Manifest]:
         """Committed merged checkpoints by name."""
         names = self.store.folders("merged")

@@ -83,26 +83,36 @@ def evaluate_checkpoints(task: EvaluationTask) -> list[Evaluation]:
     """Evaluate every checkpoint of ``task`` and write its record; runs in a worker with one thread."""
     import torch
 
-    from tasks.checkpoints.reader import open_checkpoint
-    from tasks.data.corpus import read_corpus
-    from tasks.data.held_out import held_out_slices
-    from tasks.models.build import build_model
-    from tasks.models.weights import load_weights
-
     torch.set_num_threads(1)
-    config = config_from_dict(task.config)
-    slices = held_out_slices(read_corpus(config.data, "held_out"), config)
-    network = build_model(config.model, config.training.sequence_length).eval()
-    store = open_store(task.run_url)
-    results = []
-    for url in task.urls:
+    suite = HeldOutSuite(task.run_url, config_from_dict(task.config))
+    return [suite.evaluate(url) for url in task.urls]
+
+
+class HeldOutSuite:
+    """Held-out text and an empty network, kept for many checkpoints of one run."""
+
+    def __init__(self, run_url: str, config: Config) -> None:
+        from tasks.data.corpus import read_corpus
+        from tasks.data.held_out import held_out_slices
+        from tasks.models.build import build_model
+
+        self._store, self._config = open_store(run_url), config
+        self._slices = held_out_slices(read_corpus(config.data, "held_out"), config)
+        self._network = build_model(config.model, config.training.sequence_length).eval()
+
+    def evaluate(self, url: str) -> Evaluation:
+        """Measure the checkpoint at ``url`` and write its record."""
+        from tasks.checkpoints.reader import open_checkpoint
+        from tasks.models.weights import load_weights
+
         checkpoint = open_checkpoint(url)
-        load_weights(network, checkpoint)
-        losses = tuple(slice_loss(network, tokens, config.evaluation.batch_sequences) for tokens in slices)
+        load_weights(self._network, checkpoint)
+        batch = self._config.evaluation.batch_sequences
+        losses = tuple(slice_loss(self._network, tokens, batch) for tokens in self._slices)
         digest = checkpoint.manifest.digest if checkpoint.manifest else fingerprint({"url": checkpoint.url})
-        results.append(_record(digest, config, losses, sum(tokens[:, 1:].size for tokens in slices)))
-        write_evaluation(store, results[-1])
-    return results
+        evaluation = _record(digest, self._config, losses, sum(tokens[:, 1:].size for tokens in self._slices))
+        write_evaluation(self._store, evaluation)
+        return evaluation
 
 
 def slice_loss(network: torch.nn.Module, tokens: NDArray[np.int64], batch_sequences: int) -> float:

@@ -41,7 +41,7 @@ class MethodChoice:
     allow_unnormalised: bool = False
     """Accept explicit weights that do not sum to 1."""
     trace: dict[str, Any] = field(default_factory=dict)
-    """For the evaluated methods: what they tried and found."""
+    """For the evaluated methods: what they tried and found; says nothing about the bytes."""
 
     @property
     def options(self) -> dict[str, Any]:

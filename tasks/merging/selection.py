@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from configs.errors import UserError
+from tasks.checkpoints.manifest import Manifest
 from tasks.checkpoints.run_folder import Snapshot
+
+BORDERS = ("phase", "spike", "fork")
+"""What a window crosses only if asked: phases of the schedule, a non-finite step, the start of a branch."""
+MIN_COUNT = 2
+"""Snapshots that make a merge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +28,38 @@ class WindowRule:
     """The paper's V."""
     alpha: float | None
     """For ``ema``."""
+    max_span_fraction: float | None = None
+    """Longest span, (N - 1) V, as a part of the tokens seen; None means any."""
+
+    def shortened(self, tokens_seen: int) -> WindowRule:
+        """The rule with as few snapshots as ``max_span_fraction`` allows at ``tokens_seen``; one means that no merge is due.
+
+        The paper's scores fall with the span early in training: at 204B tokens the best spans tried were up to 16B, at 452B and
+        1112B 72B, at 1607B 72B to 112B (arXiv 2505.12082, section 4.4).
+        """
+        if self.max_span_fraction is None:
+            return self
+        fits = 1 + int(self.max_span_fraction * tokens_seen) // self.interval_tokens
+        return dataclasses.replace(self, count=max(1, min(self.count, fits)))
+
+    def name_at(self, end: Manifest) -> str:
+        """Name of the merged checkpoint that ends where ``end`` does; one name per rule and step."""
+        assert end.step is not None
+        return self.shortened(end.tokens_seen or 0).output_name(end.step)
 
     def output_name(self, end_step: int) -> str:
-        """Name of the merged checkpoint whose newest input is at ``end_step``; one name per rule and step."""
+        """Name of a merge of exactly ``count`` snapshots that ends at ``end_step``."""
         method = f"ema{self.alpha!r}" if self.method == "ema" else self.method.replace(":", "-")
         return f"{method}-n{self.count}-v{self.interval_tokens}-step-{end_step:09d}"
 
 
-def select_window(snapshots: Sequence[Snapshot], rule: WindowRule, end_step: int | None = None) -> list[Snapshot]:
+def select_window(
+    snapshots: Sequence[Snapshot], rule: WindowRule, end_step: int | None = None, across: Collection[str] = ()
+) -> list[Snapshot]:
     """The ``rule.count`` snapshots at ``rule.interval_tokens`` that end at ``end_step`` (default: the newest), oldest first.
 
-    Raises :class:`configs.errors.UserError`, naming the snapshots that exist, if one is missing, not healthy, or of
-    another phase of the schedule than the newest of the window.
+    Raises :class:`configs.errors.UserError`, naming the snapshots that exist, if one is missing; or, unless ``across`` holds
+    ``spike`` or ``phase``, if one is not healthy or the window crosses phases of the schedule.
     """
     if not snapshots:
         raise UserError("the run has no committed snapshots yet")
@@ -58,7 +85,7 @@ def select_window(snapshots: Sequence[Snapshot], rule: WindowRule, end_step: int
             f"{describe_steps(snapshots)}. Choose a smaller --count or an --interval-tokens that fits their spacing"
         )
     window = [by_tokens[tokens] for tokens in wanted]
-    _require_one_trajectory(window)
+    _require_one_trajectory(window, across)
     return window
 
 
@@ -66,10 +93,11 @@ def due_windows(snapshots: Sequence[Snapshot], rule: WindowRule, done: set[str])
     """Windows of ``rule`` that are complete and not merged yet (``done`` holds output names), oldest first."""
     due = []
     for snapshot in snapshots:
-        if rule.output_name(snapshot.step) in done:
+        fitting = rule.shortened(snapshot.manifest.tokens_seen or 0)
+        if fitting.count < MIN_COUNT or fitting.output_name(snapshot.step) in done:
             continue
         try:
-            due.append(select_window(snapshots, rule, snapshot.step))
+            due.append(select_window(snapshots, fitting, snapshot.step))
         except UserError:
             continue
     return due
@@ -82,16 +110,17 @@ def describe_steps(snapshots: Sequence[Snapshot]) -> str:
     return f"{len(steps)} snapshots: steps {', '.join(shown)}"
 
 
-def _require_one_trajectory(window: Sequence[Snapshot]) -> None:
+def _require_one_trajectory(window: Sequence[Snapshot], across: Collection[str]) -> None:
     sick = [str(s.step) for s in window if not s.manifest.healthy]
-    if sick:
+    if sick and "spike" not in across:
         raise UserError(
             f"snapshots at steps {', '.join(sick)} follow steps with a non-finite loss or gradient; "
-            "choose an --end or a --count that leaves them out"
+            "choose an --end or a --count that leaves them out, or say --across spike"
         )
     phases = {s.manifest.phase for s in window}
-    if len(phases) > 1:
+    if len(phases) > 1 and "phase" not in across:
         rows = ", ".join(f"{s.step} ({s.manifest.phase})" for s in window)
         raise UserError(
-            f"the window crosses phases of the schedule: steps {rows}; choose an --end or a --count within one phase"
+            f"the window crosses phases of the schedule: steps {rows}; choose an --end or a --count within one phase, "
+            "or say --across phase"
         )
