@@ -151,6 +151,10 @@ class LocalReader:
     def close(self) -> None:
         self._file.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
 
 def _flush(file: BinaryIO) -> None:
     file.flush()

@@ -146,6 +146,44 @@ def merge(
 
 
 @cli.command()
+@click.option("--run", "run_url", required=True, metavar="URL", help="Run to register them in; made if it is new.")
+@click.option("--from", "pattern", required=True, metavar="PATTERN", help="Folders: * and {step} stand for a part.")
+@click.option("--format", "format_", type=click.Choice(["hf", "dcp"]), required=True, help="What the folders hold.")
+@click.option("--tokens-per-step", type=click.IntRange(min=1), help="Tokens of a global batch; needed for a new run.")
+@click.option("--phase", type=click.Choice(["warmup", "stable", "decay"]), help="Phase of the schedule they are of.")
+@click.option("--config", "config_name", metavar="C", help="Configuration that describes a new run's model and data.")
+@common
+def adopt(run_url: str, pattern: str, as_json: bool, debug: bool, **options: Any) -> int:
+    """Register another trainer's checkpoints where they lie, without copying."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.adopt import adopt as story
+
+        return story(run_url, pattern, **options)
+
+    return run_command(work, render_adoption, as_json=as_json, debug=debug)
+
+
+@cli.command()
+@click.argument("url", metavar="URL")
+@click.option("--output", required=True, metavar="DIR", help="Folder to write.")
+@click.option("--format", "format_", type=click.Choice(["hf", "dcp"]), default="hf", show_default=True)
+@click.option("--dtype", help="float32, bfloat16, ...; default as stored.")
+@click.option("--max-shard", metavar="BYTES", help="Largest file, such as 5GiB; default 1GiB.")
+@click.option("--workers", default="local", show_default=True, help="ray, local (threads), or K local processes.")
+@common
+def export(url: str, output: str, as_json: bool, debug: bool, **options: Any) -> int:
+    """Write a checkpoint for other tools: Hugging Face safetensors or torch DCP."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.export import export as story
+
+        return story(url, output, **options)
+
+    return run_command(work, render_export, as_json=as_json, debug=debug)
+
+
+@cli.command()
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
 @click.option("--run", "run_url", metavar="URL", help="Run whose held-out text is used; default the run they lie in.")
 @common
@@ -277,6 +315,20 @@ def render_merge(result: dict[str, Any]) -> str:
             f"read {result['bytes_read']:,} B, wrote {result['bytes_written']:,} B in {result['seconds']:.2f} s"
         )
     return "\n".join(lines)
+
+
+def render_adoption(result: dict[str, Any]) -> str:
+    """What was adopted, for people."""
+    lines = [f"step {row['step']:>9,}  {row['digest'][:12]}  {row['source']}" for row in result["adopted"]]
+    known = f", {len(result['known'])} were known" if result["known"] else ""
+    return "\n".join([*lines, f"{result['run']}: adopted {len(result['adopted'])}{known}"])
+
+
+def render_export(result: dict[str, Any]) -> str:
+    """An export for people."""
+    lines = [f"{result['url']} -> {result['output']} ({result['format']}), {result['bytes_written']:,} B"]
+    lines += [f"tied, written once: {name}" for name in result["tied"]]
+    return "\n".join([*lines, *(f"note: {note}" for note in result["notes"]), f"digest {result['digest']}"])
 
 
 def render_evaluation(result: dict[str, Any]) -> str:

@@ -98,6 +98,8 @@ class Chosen:
 def choose(request: MergeRequest) -> Chosen:
     """Open the inputs that ``request`` names or whose rule it gives, and say which merges are to be made of them."""
     grid = parse_grid(request.grid) if request.grid else [(_choice(request), None)]
+    for choice, _ in grid:
+        choice.check()
     counts = [count for _, count in grid if count is not None]
     notes: list[str] = []
     if request.run is None:

@@ -111,6 +111,16 @@ class Merge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where an adopted checkpoint was left."""
+
+    url: str
+    """Its folder."""
+    format: Literal["hf", "dcp"]
+    """Hugging Face safetensors, or torch DCP."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a snapshot or merged checkpoint is."""
 
@@ -144,6 +154,8 @@ class Manifest:
     """Segment that made it."""
     merge: Merge | None = None
     """For merged checkpoints."""
+    source: Source | None = None
+    """For adopted checkpoints: the folder that the keys of ``shards`` lie in."""
     code_version: str = ""
     """Version of pmaflow that wrote it."""
     created: float = 0.0

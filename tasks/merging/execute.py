@@ -241,12 +241,27 @@ def equal_weight(vector: Vector) -> float | None:
 
 def _fill(reader: TensorReader, chunk: Chunk, index: int, buffer: memoryview) -> int:
     """Read one input's bytes of ``chunk``; neighbours in one object are read at once."""
-    position = 0
+    position, run, run_start, run_from = 0, None, 0, 0
     for segment, length in _byte_lengths(chunk, index):
         place = segment.tensor.sources[index]
-        reader.read_into(place, segment.start, segment.end, buffer[position : position + length])
+        if place.is_whole:
+            region = place.regions[0]
+            start = region.offset + segment.start * DTYPE_BYTES[place.dtype]
+            if run != region.key or start != run_start + position - run_from:
+                _read_run(reader, run, run_start, buffer[run_from:position])
+                run, run_start, run_from = region.key, start, position
+        else:
+            _read_run(reader, run, run_start, buffer[run_from:position])
+            reader.read_into(place, segment.start, segment.end, buffer[position : position + length])
+            run = None
         position += length
+    _read_run(reader, run, run_start, buffer[run_from:position])
     return position
+
+
+def _read_run(reader: TensorReader, key: str | None, start: int, buffer: memoryview) -> None:
+    if key is not None:
+        reader.read_bytes(key, start, buffer)
 
 
 def _byte_lengths(chunk: Chunk, index: int) -> Iterator[tuple[Segment, int]]:

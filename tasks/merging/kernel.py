@@ -193,6 +193,14 @@ def widen(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
     return widened.view(np.float32)
 
 
+def recode(data: bytes | bytearray, stored: str, wanted: str | None) -> tuple[bytes, str]:
+    """Elements stored as one dtype as bytes of ``wanted``, rounded once, and the dtype they then have; integers stay."""
+    if wanted in (None, stored) or stored not in FLOAT_DTYPES:
+        return bytes(data), stored
+    values: NDArray[Any] = np.frombuffer(data, _STORED[stored])
+    return encode(widen(values) if stored == "BF16" else values, str(wanted)).tobytes(), str(wanted)
+
+
 def encode(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     """``values`` rounded once, to nearest even, to ``dtype``; a bfloat16 result is its bit pattern."""
     with np.errstate(over="ignore", invalid="ignore"):

@@ -49,12 +49,20 @@ class MethodChoice:
         found = {"decay": list(self.decay) if self.decay else None, "width": self.width, "trace": self.trace or None}
         return {key: value for key, value in found.items() if value is not None}
 
+    def check(self) -> None:
+        """Refuse an unknown method, and a parameter that it lacks or does not take."""
+        if self.method not in (*METHODS, "weights", *EVALUATED_METHODS):
+            raise UserError(
+                f"merge method {self.method!r} is not known; known: {', '.join(METHODS)}, weights, greedy, search"
+            )
+        _require_fitting(self)
+
     def build(self, positions: Sequence[int | None]) -> tuple[float, ...]:
         """Weights of inputs that have seen ``positions`` tokens (None: unknown), oldest first.
 
         Raises :class:`configs.errors.UserError` where the parameters do not fit the method or the inputs.
         """
-        _require_fitting(self)
+        self.check()
         count = len(positions)
         if self.weights is not None:
             return check_weights(self.weights, count, allow_unnormalised=self.allow_unnormalised)

@@ -108,7 +108,7 @@ class MergeTask:
     outputs: tuple[TaskOutput, ...]
     """The merges."""
     input_urls: tuple[str, ...]
-    """Oldest first."""
+    """Folders that the inputs' tensors lie in, oldest first."""
     tensors: tuple[PlannedTensor, ...]
     """In file order."""
     chunk_bytes: int = CHUNK_BYTES
@@ -256,7 +256,7 @@ def plan_merges(
             part=part,
             place=place,
             outputs=outputs,
-            input_urls=tuple(item.url for item in inputs),
+            input_urls=tuple(item.store.url for item in inputs),
             tensors=tensors,
             chunk_bytes=chunk,
             buffers=buffers,
@@ -435,4 +435,4 @@ def _input_identity(checkpoint: Checkpoint, *, with_state: bool) -> dict[str, An
         return {"digest": manifest.digest, "state": manifest.state_digest if with_state else None}
     places = [*checkpoint.model.values(), *(checkpoint.state.values() if with_state else ())]
     keys = sorted({region.key for place in places for region in place.regions})
-    return {"url": checkpoint.url, "versions": [[key, checkpoint.store.version(key)] for key in keys]}
+    return {"url": checkpoint.store.url, "versions": [[key, checkpoint.store.version(key)] for key in keys]}

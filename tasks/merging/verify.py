@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from cluster.errors import ObjectMissing, StorageError
 from cluster.storage import Store, open_store
 from configs.errors import UserError
+from tasks.checkpoints.content import tensor_digests
 from tasks.checkpoints.digest import content_digest, digest_bytes, new_hasher
 from tasks.checkpoints.manifest import (
     INDEX_KEY,
@@ -21,9 +22,7 @@ from tasks.checkpoints.manifest import (
     state_digest,
 )
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
-from tasks.checkpoints.regions import TensorPlace
-from tasks.checkpoints.safetensors_header import DTYPE_BYTES, CheckpointError, TensorEntry, read_header
-from tasks.checkpoints.tensor_reader import TensorReader
+from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry, read_header
 from tasks.merging.methods import EVALUATED_METHODS, MethodChoice
 from tasks.merging.plan import merge_identity
 from tasks.merging.recompute import check_sample
@@ -61,8 +60,11 @@ def verify_checkpoint(url: str) -> Verification:
         "content digest": lambda: _check_content_digest(manifest),
         "shards": lambda: _check_shards(store, manifest),
         "files": lambda: _check_files(store, manifest),
-        "index": lambda: _check_index(store, manifest),
     }
+    if manifest.source is None:
+        checks["index"] = lambda: _check_index(store, manifest)
+    else:
+        checks["shards"] = lambda: _check_source(url, manifest)
     if manifest.state_digest is not None:
         checks["state digest"] = lambda: _check_state(store, manifest)
     merge = manifest.merge
@@ -120,6 +122,15 @@ def _check_shard(store: Store, shard: Shard) -> Iterator[str]:
     for entry in read_header(store, shard.key):
         if _shape_of(entry) not in stated:
             yield f"{where}: the header says {entry.name!r} is {entry.dtype} {list(entry.shape)}; the manifest does not"
+
+
+def _check_source(url: str, manifest: Manifest) -> Iterator[str]:
+    """An adopted checkpoint: every tensor against its digest, wherever its regions lie."""
+    checkpoint = open_checkpoint(url)
+    stated = {entry.name: entry.digest for entry in manifest.model_tensors()}
+    for name, digest in tensor_digests(checkpoint):
+        if digest != stated[name]:
+            yield f"{checkpoint.store.url}: tensor {name!r} differs from its digest: it was changed since it was adopted"
 
 
 def _check_files(store: Store, manifest: Manifest) -> Iterator[str]:
@@ -188,32 +199,17 @@ def _check_census(manifest: Manifest, merge: Merge) -> Iterator[str]:
 
 
 def _plain_digest(checkpoint: Checkpoint) -> str:
-    entries = []
-    with TensorReader(checkpoint.store) as reader:
-        for name, place in checkpoint.model.items():
-            hasher = new_hasher()
-            for data in _elements(reader, place):
-                hasher.update(data)
-            entries.append(
-                TensorEntry(
-                    name=name,
-                    dtype=place.dtype,
-                    shape=place.shape,
-                    offset=0,
-                    bytes=place.num_bytes,
-                    digest=str(hasher.hexdigest()),
-                )
-            )
-    return content_digest(entries)
-
-
-def _elements(reader: TensorReader, place: TensorPlace) -> Iterator[memoryview]:
-    step = READ_BYTES // DTYPE_BYTES[place.dtype]
-    for start in range(0, place.num_elements, step):
-        end = min(start + step, place.num_elements)
-        data = memoryview(bytearray((end - start) * DTYPE_BYTES[place.dtype]))
-        reader.read_into(place, start, end, data)
-        yield data
+    return content_digest(
+        TensorEntry(
+            name=name,
+            dtype=checkpoint.model[name].dtype,
+            shape=checkpoint.model[name].shape,
+            offset=0,
+            bytes=checkpoint.model[name].num_bytes,
+            digest=digest,
+        )
+        for name, digest in tensor_digests(checkpoint)
+    )
 
 
 def _read(store: Store, key: str, start: int, end: int) -> Iterator[bytes]:

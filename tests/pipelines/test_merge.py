@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs.errors import UserError
-from pipelines.merge import parse_bytes
+from pipelines.merge_request import parse_bytes
 
 
 @pytest.fixture
