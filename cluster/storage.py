@@ -147,6 +147,10 @@ def open_store(url: str) -> Store:
             f"storage scheme {scheme!r} is not supported: a commit needs create-if-absent. "
             f"Use a path, file://, {' or '.join(f'{s}://' for s in CREATE_IF_ABSENT_SCHEMES)}"
         )
+    if scheme == "s3":
+        from cluster.storage_s3 import S3Store
+
+        return S3Store(url.rstrip("/"))
     from cluster.storage_fsspec import FsspecStore
 
     return FsspecStore(url.rstrip("/"))

@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 
 from cluster.errors import ObjectExists, ObjectMissing, StorageError, StorageFull
-from cluster.storage import ObjectWriter, Store, scheme_of
+from cluster.storage import ObjectWriter, RangeReader, Store, scheme_of
 from configs.errors import UserError
 
 S3_OPTIONS: dict[str, Any] = {
@@ -28,7 +28,6 @@ S3_OPTIONS: dict[str, Any] = {
         "response_checksum_validation": "when_required",
     },
 }
-STREAM_BLOCK_BYTES = 16 << 20
 HTTP_CONFLICTS = (409, 412)
 HTTP_RANGE_NOT_SATISFIABLE = 416
 _memory_guard = threading.Lock()
@@ -58,7 +57,7 @@ class FsspecStore(Store):
             )
         return data
 
-    def open_reader(self, key: str) -> FsspecReader:
+    def open_reader(self, key: str) -> RangeReader:
         return FsspecReader(self, key)
 
     def _read_available(self, key: str, start: int, end: int) -> bytes:
@@ -118,28 +117,9 @@ class FsspecStore(Store):
 
     @contextmanager
     def create_stream(self, key: str) -> Iterator[ObjectWriter]:
-        if self.scheme == "memory":
-            buffer = io.BytesIO()
-            yield buffer
-            self.create(key, buffer.getvalue())
-            return
-        with self._mapped_errors(key):
-            file = self.fs.open(self._path(key), "xb", block_size=STREAM_BLOCK_BYTES)
-            try:
-                yield file
-            except BaseException:
-                file.discard()
-                file.closed = True
-                raise
-            try:
-                file.close()
-            except OSError as error:
-                # A refused completion leaves the uploaded parts, which would be paid for.
-                file.discard()
-                file.closed = True
-                if _is_precondition_failure(error):
-                    raise ObjectExists(f"{self.url}/{key} exists already") from error
-                raise
+        buffer = io.BytesIO()
+        yield buffer
+        self.create(key, buffer.getvalue())
 
     def replace(self, key: str, data: bytes, expected: bytes) -> bool:
         if self.scheme == "memory":

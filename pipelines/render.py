@@ -1,0 +1,141 @@
+"""What the commands print for people; ``--json`` prints the same fields for scripts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def render_demo(result: dict[str, Any]) -> str:
+    """The demo's result for people."""
+    rows = [
+        ("raw snapshot", "raw_loss"),
+        ("merged", "merged_loss"),
+        ("annealed", "annealed_loss"),
+        ("forecast", "forecast_loss"),
+    ]
+    lines = ["held-out loss at the end, nats per byte"]
+    lines += [
+        f"  {label:<13}{result[key]:.4f}" if result[key] is not None else f"  {label:<13}not measured"
+        for label, key in rows
+    ]
+    return "\n".join([*lines, f"done in {result['seconds']:.0f} s", f"report: {result['report']}"])
+
+
+def render_training(result: dict[str, Any]) -> str:
+    """A training result for people."""
+    loss = f", loss {result['loss']:.4f}" if result["loss"] is not None else ""
+    return (
+        f"{result['run']}: step {result['final_step']:,}, {result['tokens_seen']:,} tokens{loss}, "
+        f"{len(result['segments'])} segment(s), {result['seconds']:.0f} s\nfinal snapshot: {result['final_snapshot']}"
+    )
+
+
+def render_merge(result: dict[str, Any]) -> str:
+    """A merge, a grid of them, or a plan for people."""
+    lines = [f"note: {note}" for note in result["notes"]]
+    for one in result.get("merges", [result]):
+        lines += _render_one_merge(one)
+    report = result.get("moe_report")
+    if report is not None:
+        lines += [_render_drift(row) for row in report["layers"]]
+        lines += [f"warning: {warning}" for warning in report["warnings"]]
+        lines += [] if report["layers"] else ["no experts: nothing for the MoE report to say"]
+    return "\n".join(lines)
+
+
+def _render_one_merge(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{result['method']} of {len(result['inputs'])} checkpoints, {result['tasks']} tasks -> {result['output']}"
+    ]
+    for row in result.get("plan", []):
+        lines.append(
+            f"  task {row['task']}: reads {row['bytes_read']:,} B, writes {row['bytes_written']:,} B, "
+            f"needs {row['memory_bytes'] >> 20} MiB: {', '.join(row['parameter_groups'])}"
+        )
+    if result["digest"]:
+        lines.append(f"digest {result['digest']}")
+        lines.append(
+            f"read {result['bytes_read']:,} B, wrote {result['bytes_written']:,} B in {result['seconds']:.2f} s"
+        )
+    return lines
+
+
+def _render_drift(row: dict[str, Any]) -> str:
+    steps = ", ".join(
+        f"{mean:.4f} (expert {expert}: {most:.4f})"
+        for mean, most, expert in zip(row["drift_mean"], row["drift_max"], row["drift_max_expert"], strict=True)
+    )
+    return f"  {row['layer']}: {row['experts']} experts, drift from input to input {steps}"
+
+
+def render_adoption(result: dict[str, Any]) -> str:
+    """What was adopted, for people."""
+    lines = [f"step {row['step']:>9,}  {row['digest'][:12]}  {row['source']}" for row in result["adopted"]]
+    known = f", {len(result['known'])} were known" if result["known"] else ""
+    return "\n".join([*lines, f"{result['run']}: adopted {len(result['adopted'])}{known}"])
+
+
+def render_export(result: dict[str, Any]) -> str:
+    """An export for people."""
+    lines = [f"{result['url']} -> {result['output']} ({result['format']}), {result['bytes_written']:,} B"]
+    lines += [f"tied, written once: {name}" for name in result["tied"]]
+    return "\n".join([*lines, *(f"note: {note}" for note in result["notes"]), f"digest {result['digest']}"])
+
+
+def render_evaluation(result: dict[str, Any]) -> str:
+    """Held-out losses for people."""
+    return "\n".join(f"{row['loss']:.4f}  {row['url']}" for row in result["results"])
+
+
+def render_verification(result: dict[str, Any]) -> str:
+    """A verification for people."""
+    lines = [f"{'holds' if check['ok'] else 'FAILS':<6}{name}" for name, check in result["checks"].items()]
+    lines += [f"  {problem}" for problem in result["problems"]]
+    return "\n".join(
+        [*lines, f"{result['url']}: {'verified' if result['ok'] else 'NOT as stated'}, digest {result['digest']}"]
+    )
+
+
+def render_status(result: dict[str, Any]) -> str:
+    """A run's state for people."""
+    snapshots = result["snapshots"]
+    last = f"step {snapshots[-1]['step']:,} of {result['total_steps']:,}" if snapshots else "nothing committed yet"
+    lines = [
+        f"{result['run']}: {last}",
+        f"snapshots {len(snapshots)}, merged {len(result['merged'])}, merges due {len(result['due'])}",
+    ]
+    lines += [
+        f"  {s['step']:>9,}  {s['phase'] or '':<7} {'healthy' if s['healthy'] else 'UNHEALTHY'}  "
+        + (f"held-out {s['loss']:.4f}" if s["loss"] else "")
+        for s in snapshots[-8:]
+    ]
+    lines += [
+        f"segment {s['segment']}: {s['cause']}, from step {s['start']['step']:,}, {s['end']['reason'] if s['end'] else 'open'}"
+        for s in result["segments"][-5:]
+    ]
+    lines += [
+        f"lease {row['name']}: {row['owner']}, expires in {row['expires_in_seconds']} s" for row in result["leases"]
+    ]
+    lines += [f"branch {name}" for name in result["branches"]]
+    tracking = result["tracking"]
+    lines.append(
+        f"tracking {tracking['uri'] or 'off'}: {tracking['lag']} item(s) behind{': ' + tracking['error'] if tracking['error'] else ''}"
+    )
+    return "\n".join(lines)
+
+
+def render_config(result: dict[str, Any]) -> str:
+    """A resolved configuration for people."""
+
+    def rows(values: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+        for key, value in values.items():
+            found += (
+                rows(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", json.dumps(value))]
+            )
+        return found
+
+    listed = rows(result["config"], "")
+    width = max(len(f"{key}={value}") for key, value in listed if len(value) < 40)
+    return "\n".join(f"{f'{key}={value}':<{width}}  # {result['origins'][key]}" for key, value in listed)
