@@ -18,8 +18,8 @@ from cluster.lease import Lease
 from configs.load import config_to_dict
 from configs.schema import Config
 from tasks.checkpoints.manifest import Manifest
-from tasks.checkpoints.reader import open_checkpoint
 from tasks.checkpoints.run_folder import RunFolder, Snapshot
+from tasks.checkpoints.tied import open_untied
 from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
 from tasks.merging.merge import MergeReport, execute_merge
 from tasks.merging.methods import MethodChoice
@@ -55,7 +55,7 @@ def merge_window(
     """Merge one window of the run as Ray tasks, under the run's lease."""
     name = rule.name_at(window[-1].manifest)
     plan = plan_merge(
-        [open_checkpoint(snapshot.url) for snapshot in window],
+        [open_untied(snapshot.url) for snapshot in window],
         MethodChoice(method=rule.method, alpha=rule.alpha),
         output_url=f"{run.url}/merged/{name}",
         shard_bytes=config.merge.shard_bytes,

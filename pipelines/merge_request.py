@@ -10,8 +10,9 @@ from pathlib import Path
 
 from cluster.storage import open_store
 from configs.errors import UserError
-from tasks.checkpoints.reader import Checkpoint, open_checkpoint
+from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.run_folder import RunFolder, Snapshot
+from tasks.checkpoints.tied import open_untied
 from tasks.merging.methods import EVALUATED_METHODS, MethodChoice
 from tasks.merging.plan import MergePlan, Recipe, plan_merges
 from tasks.merging.policy import DTYPE_NAMES, MergePolicy, parse_policy
@@ -108,7 +109,7 @@ def choose(request: MergeRequest) -> Chosen:
         names = [f"{output}/{_grid_name(choice, count)}" if count else output for choice, count in grid]
     else:
         window, rule, notes = _window(request, max(counts, default=None))
-        inputs = [open_checkpoint(snapshot.url) for snapshot in window]
+        inputs = [open_untied(snapshot.url) for snapshot in window]
         names = [_output_in_run(request, rule, choice, count, window[-1]) for choice, count in grid]
     recipes = [
         Recipe(output_url=name, choice=choice, count=count) for name, (choice, count) in zip(names, grid, strict=True)
@@ -244,7 +245,7 @@ def _grid_name(choice: MethodChoice, count: int) -> str:
 
 
 def _open_input(url: str, output: str) -> Checkpoint:
-    checkpoint = open_checkpoint(url)
+    checkpoint = open_untied(url)
     if checkpoint.url == open_store(output).url:
         raise UserError(f"{url} is both an input and the output")
     return checkpoint

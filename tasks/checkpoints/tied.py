@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from tasks.checkpoints.reader import Checkpoint
+from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.regions import TensorPlace
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES, CheckpointError
 from tasks.checkpoints.tensor_reader import TensorReader
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 READ_BYTES = 8 << 20
+
+
+def open_untied(url: str) -> Checkpoint:
+    """:func:`tasks.checkpoints.reader.open_checkpoint` and :func:`without_tied`: what merges and their proofs see."""
+    return without_tied(open_checkpoint(url))
 
 
 def without_tied(checkpoint: Checkpoint) -> Checkpoint:

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from cluster.storage import Store
 from tasks.checkpoints.groups import group_of
 from tasks.checkpoints.manifest import Manifest, Merge
-from tasks.checkpoints.reader import Checkpoint, open_checkpoint, place_of
+from tasks.checkpoints.reader import Checkpoint, place_of
 from tasks.checkpoints.regions import TensorPlace
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES
 from tasks.checkpoints.tensor_reader import TensorReader
+from tasks.checkpoints.tied import open_untied
 from tasks.merging.methods import MethodChoice
 from tasks.merging.policy import BUFFER_PATTERNS, DTYPE_NAMES
 
@@ -32,7 +33,7 @@ SMALLEST = {"F64": 0.0, "F32": 2.0**-149, "BF16": 2.0**-133, "F16": 2.0**-24}
 
 def check_sample(store: Store, manifest: Manifest, merge: Merge) -> Iterator[str]:
     """Problems of a random sample of the merge's elements, weights and moments alike, against its inputs as they are now."""
-    inputs = [open_checkpoint(item.url) for item in merge.inputs]
+    inputs = [open_untied(item.url) for item in merge.inputs]
     written = {entry.name: place_of(shard.key, entry) for shard in manifest.shards for entry in shard.tensors}
     # What an input lacks or holds in another shape is the census's to name.
     floats = [name for name in sorted(written) if _is_comparable(written[name], name, inputs, merge)]

@@ -21,8 +21,9 @@ from tasks.checkpoints.manifest import (
     read_manifest,
     state_digest,
 )
-from tasks.checkpoints.reader import Checkpoint, open_checkpoint
+from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry, read_header
+from tasks.checkpoints.tied import open_untied
 from tasks.merging.methods import EVALUATED_METHODS, MethodChoice
 from tasks.merging.plan import merge_identity
 from tasks.merging.recompute import check_sample
@@ -126,7 +127,7 @@ def _check_shard(store: Store, shard: Shard) -> Iterator[str]:
 
 def _check_source(url: str, manifest: Manifest) -> Iterator[str]:
     """An adopted checkpoint: every tensor against its digest, wherever its regions lie."""
-    checkpoint = open_checkpoint(url)
+    checkpoint = open_untied(url)
     stated = {entry.name: entry.digest for entry in manifest.model_tensors()}
     for name, digest in tensor_digests(checkpoint):
         if digest != stated[name]:
@@ -173,7 +174,7 @@ def _check_weights(merge: Merge) -> Iterator[str]:
 
 def _check_lineage(merge: Merge) -> Iterator[str]:
     for item in merge.inputs:
-        checkpoint = open_checkpoint(item.url)
+        checkpoint = open_untied(item.url)
         if item.manifest_digest is not None:
             if checkpoint.manifest_digest != item.manifest_digest:
                 yield f"{item.url}: its manifest is not the one that was merged"
@@ -184,14 +185,14 @@ def _check_lineage(merge: Merge) -> Iterator[str]:
 
 
 def _identity_now(merge: Merge) -> str:
-    inputs = [open_checkpoint(item.url) for item in merge.inputs]
+    inputs = [open_untied(item.url) for item in merge.inputs]
     return merge_identity(merge.weights, merge.dtypes, merge.policies, inputs)
 
 
 def _check_census(manifest: Manifest, merge: Merge) -> Iterator[str]:
     written = {entry.name: entry.shape for entry in manifest.model_tensors()}
     for item in merge.inputs:
-        places = open_checkpoint(item.url).model
+        places = open_untied(item.url).model
         expected = {name: place.shape for name, place in places.items()}
         for name in sorted(expected.keys() | written.keys()):
             if expected.get(name) != written.get(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from tasks.curves import DECAY_CURVES
-from tasks.merging.methods import METHODS, build_weights, check_weights
+from tasks.merging.methods import METHODS, MethodChoice, build_weights, check_weights
 
 PRINTED = 0.5e-4
 """The vectors are known to four decimals."""
@@ -152,3 +153,75 @@ def test_explicit_weights_that_cannot_be_meant_are_refused(weights: list[float],
 def test_explicit_weights_keep_zero_and_negative_values_when_asked() -> None:
     assert check_weights([0.0, 1.0], 2) == (0.0, 1.0)
     assert check_weights([-1.0, 1.5], 2, allow_unnormalised=True) == (-1.0, 1.5)
+
+
+# Decay lists and power-function averages
+
+
+def test_decay_list_of_a_named_curve_gives_the_named_weights() -> None:
+    decay = tuple(1 - i / 5 for i in range(5))
+    choice = MethodChoice(method="wsm:list", decay=decay)
+    assert choice.build([None] * 5) == pytest.approx(build_weights("wsm:linear", 5), abs=1e-15)
+
+
+@pytest.mark.parametrize("decay", [(0.9, 0.5), (1.0, 0.5, 0.6), (1.0, -0.1), (1.0, 0.5)])
+def test_decay_list_that_is_no_decay_of_the_inputs_is_refused(decay: tuple[float, ...]) -> None:
+    count = 3 if decay == (1.0, 0.5) else len(decay)
+    with pytest.raises(UserError, match="--decay"):
+        MethodChoice(method="wsm:list", decay=decay).build([None] * count)
+
+
+@pytest.mark.parametrize("width", [0.02, 0.05, 0.1, 0.2, 0.28])
+def test_power_ema_has_the_width_it_was_asked_for(width: float) -> None:
+    # Many snapshots from the start: then the sums are close to the integrals that define the width.
+    count = 20_000
+    weights = MethodChoice(method="power-ema", width=width).build(list(range(1, count + 1)))
+    centres = [(i - 0.5) / count for i in range(1, count + 1)]
+    mean = sum(w * t for w, t in zip(weights, centres, strict=True))
+    spread = math.sqrt(sum(w * (t - mean) ** 2 for w, t in zip(weights, centres, strict=True)))
+    assert spread == pytest.approx(width, rel=1e-3)
+    assert math.fsum(weights) == pytest.approx(1.0, abs=FLOAT64)
+
+
+def test_power_ema_of_the_widest_width_is_the_simple_average() -> None:
+    weights = MethodChoice(method="power-ema", width=12**-0.5).build([100, 200, 300, 400])
+    assert weights == pytest.approx((0.25,) * 4, abs=1e-9)
+
+
+def test_power_ema_weighs_newer_snapshots_more_and_longer_stretches_more() -> None:
+    weights = MethodChoice(method="power-ema", width=0.1).build([100, 110, 150, 160])
+    assert weights[2] > weights[3] > weights[0]
+
+
+@pytest.mark.parametrize(
+    ("width", "positions", "expected"),
+    [
+        (0.0, [1, 2], "relative width"),
+        (0.4, [1, 2], "relative width"),
+        (0.1, [1, None], "adopt"),
+        (0.1, [2, 1], "order"),
+    ],
+)
+def test_power_ema_mistakes_name_the_cure(width: float, positions: list[int | None], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        MethodChoice(method="power-ema", width=width).build(positions)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"method": "ema"}, "needs --alpha"),
+        ({"method": "sma", "alpha": 0.1}, "--alpha goes with --method ema"),
+        ({"method": "wsm:list"}, "needs --decay"),
+        ({"method": "wma", "decay": (1.0,)}, "--decay goes with"),
+        ({"method": "power-ema"}, "needs --width"),
+        ({"method": "ema", "alpha": 0.2, "width": 0.1}, "--width goes with"),
+        ({"method": "weights"}, "go together"),
+        ({"method": "sma", "weights": (1.0,)}, "--weights goes with"),
+        ({"method": "slerp"}, "'slerp' is not known; known: sma, wma"),
+    ],
+)
+def test_method_and_parameters_that_do_not_fit_are_refused(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        MethodChoice(**options).check()
+    assert expected in str(caught.value)

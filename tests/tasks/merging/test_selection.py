@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -173,3 +174,44 @@ def test_describe_steps_many_are_shortened() -> None:
     assert describe_steps(EVERY_TEN[:2]) == "2 snapshots: steps 10, 20"
     many = [snapshot(step) for step in range(1, 31)]
     assert describe_steps(many) == "30 snapshots: steps 1, 2, 3, 4, 5, ..., 26, 27, 28, 29, 30"
+
+
+# Borders that are crossed only if asked, and spans that stay short early
+
+
+def test_select_window_across_a_phase_only_if_asked() -> None:
+    mixed = [snapshot(10), snapshot(20), snapshot(30, phase="decay")]
+    with pytest.raises(UserError, match="or say --across phase"):
+        select_window(mixed, rule(3))
+    assert steps(select_window(mixed, rule(3), across=("phase",))) == [10, 20, 30]
+
+
+def test_select_window_across_a_spike_only_if_asked() -> None:
+    spiked = [snapshot(10), snapshot(20, healthy=False), snapshot(30)]
+    with pytest.raises(UserError, match="or say --across spike"):
+        select_window(spiked, rule(3), across=("phase",))
+    assert steps(select_window(spiked, rule(3), across=("spike",))) == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(10, 1), (60, 1), (70, 2), (100, 2), (200, 4), (1000, 10)],
+)
+def test_rule_shortens_its_span_early_in_a_run(step: int, expected: int) -> None:
+    limited = dataclasses.replace(rule(10), max_span_fraction=0.16)
+    assert limited.shortened(step * BATCH_TOKENS).count == expected
+
+
+def test_rule_without_a_limit_is_never_shortened() -> None:
+    assert rule(10).shortened(1).count == 10
+
+
+def test_due_windows_of_a_limited_rule_grow_with_the_run() -> None:
+    limited = dataclasses.replace(rule(4), max_span_fraction=0.25)
+    due = due_windows(EVERY_TEN, limited, set())
+    assert [steps(window) for window in due] == [
+        [30, 40], [40, 50], [50, 60], [60, 70], [60, 70, 80], [70, 80, 90], [80, 90, 100],
+    ]  # fmt: skip
+    names = {limited.name_at(window[-1].manifest) for window in due}
+    assert len(names) == len(due)
+    assert due_windows(EVERY_TEN, limited, names) == []
