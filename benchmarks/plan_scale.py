@@ -49,7 +49,9 @@ def main() -> None:
         # A process each, so that peak memory is each model's own.
         command = [sys.executable, "-m", "benchmarks.plan_scale", "--inputs", str(options.inputs)]
         command += ["--bandwidth-mib", str(options.bandwidth_mib), "--model"]
-        rows = [json.loads(subprocess.run([*command, name], check=True, capture_output=True).stdout) for name in models()]
+        rows = [
+            json.loads(subprocess.run([*command, name], check=True, capture_output=True).stdout) for name in models()
+        ]
         print(json.dumps(rows, indent=1))
         return
     print(json.dumps(measure(options.model, options.inputs, options.bandwidth_mib * 2**20)))

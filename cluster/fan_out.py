@@ -6,10 +6,13 @@ Functions get names and ranges and return receipts; big bytes go through storage
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+PR_SET_PDEATHSIG = 1
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -28,7 +31,7 @@ def fan_out_processes(
     ``function`` and items are pickled between our own processes.
     """
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
         yield from _as_completed([pool.submit(function, item) for item in items])
 
 
@@ -65,6 +68,11 @@ def fan_out_ray(
     finally:
         for reference in running:
             ray.cancel(reference)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends: a killed driver must leave no worker waiting for ever."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _as_completed(futures: list[concurrent.futures.Future[Result]]) -> Iterator[Result]:

@@ -210,14 +210,15 @@ def evaluate(urls: tuple[str, ...], run_url: str | None, as_json: bool, debug: b
 
 @cli.command()
 @click.argument("url", metavar="URL")
+@click.option("--load", is_flag=True, help="Also run it in transformers, a merge beside the mean of its inputs.")
 @common
-def verify(url: str, as_json: bool, debug: bool) -> int:
+def verify(url: str, load: bool, as_json: bool, debug: bool) -> int:
     """Check a checkpoint against its manifest and a merge against its inputs."""
 
     def work() -> dict[str, Any]:
         from pipelines.verify import verify as story
 
-        return story(url)
+        return story(url, load=load)
 
     return run_command(work, render_verification, as_json=as_json, debug=debug)
 

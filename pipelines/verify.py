@@ -7,9 +7,9 @@ from typing import Any
 from tasks.merging.verify import verify_checkpoint
 
 
-def verify(url: str) -> dict[str, Any]:
+def verify(url: str, *, load: bool = False) -> dict[str, Any]:
     """The fields of ``pma verify --json``; ``ok`` is False if any check found a problem."""
-    found = verify_checkpoint(url)
+    found = verify_checkpoint(url, load=load)
     return {
         "url": url,
         "ok": not found.problems,

@@ -196,4 +196,4 @@ def _require_fitting(choice: MethodChoice) -> None:
     if choice.method == "weights" and choice.weights is None:
         raise UserError("--method weights and --weights w1,w2,... go together")
     if choice.weights is not None and choice.method not in ("weights", *EVALUATED_METHODS):
-        raise UserError(f"--weights goes with --method weights, not with {choice.method}")
+        raise UserError(f"--method weights and --weights go together; --method {choice.method} has weights of its own")

@@ -36,7 +36,7 @@ CHUNK_BYTES = 1 << 20
 """Read at a time from one input: sum, term and data stay in the second-level cache."""
 REMOTE_CHUNK_BYTES = 8 << 20
 """The same where a read waits for a network."""
-LEAST_CHUNK_BYTES = 16 << 10
+LEAST_CHUNK_BYTES = 8 << 10
 REMOTE_BUFFERS = 6
 """Reads in flight, where a read waits for a network."""
 WORKER_BASE_BYTES = 160 << 20

@@ -42,18 +42,18 @@ def check_sample(store: Store, manifest: Manifest, merge: Merge) -> Iterator[str
         place = written[name]
         start = int(random.integers(0, max(1, place.num_elements - SAMPLE_ELEMENTS + 1)))
         end = min(start + SAMPLE_ELEMENTS, place.num_elements)
-        stored = _read_float64(store, place, start, end)
+        stored = read_float64(store, place, start, end)
         terms, slack = [], np.zeros(end - start)
-        for weight, checkpoint in zip(_weights_of(name, merge), inputs, strict=True):
+        for weight, checkpoint in zip(weights_of(name, merge), inputs, strict=True):
             if weight is None:
                 continue
-            values = _read_float64(checkpoint.store, _places(checkpoint)[name], start, end)
+            values = read_float64(checkpoint.store, _places(checkpoint)[name], start, end)
             terms.append(weight * values)
             slack += np.abs(weight * values) * _read_epsilon(name, merge)
         yield from _compare(str(name), start, stored, terms, slack, place.dtype)
 
 
-def _weights_of(name: str, merge: Merge) -> Sequence[float | None]:
+def weights_of(name: str, merge: Merge) -> Sequence[float | None]:
     """Weight of each input for one tensor: the merge's, or what the recorded policy says of the tensor."""
     newest = (*(None,) * (len(merge.inputs) - 1), 1.0)
     of_moment = name.startswith(("exp_avg.", "exp_avg_sq."))
@@ -90,7 +90,7 @@ def _places(checkpoint: Checkpoint) -> dict[str, TensorPlace]:
 
 
 def _is_comparable(place: TensorPlace, name: str, inputs: Sequence[Checkpoint], merge: Merge) -> bool:
-    used = [c for c, weight in zip(inputs, _weights_of(name, merge), strict=True) if weight is not None]
+    used = [c for c, weight in zip(inputs, weights_of(name, merge), strict=True) if weight is not None]
     theirs = [_places(checkpoint).get(name) for checkpoint in used]
     return (
         place.num_elements > 0
@@ -117,7 +117,8 @@ def _compare(
         yield f"tensor {name!r}, element {start + at}: stored {stored[at]!r}, the inputs give {exact[at]!r}"
 
 
-def _read_float64(store: Store, place: TensorPlace, start: int, end: int) -> NDArray[np.float64]:
+def read_float64(store: Store, place: TensorPlace, start: int, end: int) -> NDArray[np.float64]:
+    """Elements ``start`` to ``end`` of a floating-point tensor, decoded by NumPy alone."""
     data = bytearray((end - start) * DTYPE_BYTES[place.dtype])
     with TensorReader(store) as reader:
         reader.read_into(place, start, end, memoryview(data))

@@ -47,8 +47,10 @@ class Verification:
         return [problem for problems in self.checks.values() for problem in problems]
 
 
-def verify_checkpoint(url: str) -> Verification:
+def verify_checkpoint(url: str, *, load: bool = False) -> Verification:
     """Check everything that the manifest at ``url`` states. Reads the checkpoint once, and samples of a merge's inputs.
+
+    ``load`` also loads it in transformers and runs it (:mod:`tasks.merging.load_check`).
 
     Raises :class:`configs.errors.UserError` if there is no manifest.
     """
@@ -74,6 +76,10 @@ def verify_checkpoint(url: str) -> Verification:
         checks["lineage"] = lambda: _check_lineage(merge)
         checks["census"] = lambda: _check_census(manifest, merge)
         checks["recomputed sample"] = lambda: check_sample(store, manifest, merge)
+    if load:
+        from tasks.merging.load_check import check_load
+
+        checks["loads in transformers"] = lambda: check_load(url)
     return Verification(digest=manifest.digest, checks={name: _run(check) for name, check in checks.items()})
 
 

@@ -217,7 +217,7 @@ def test_power_ema_mistakes_name_the_cure(width: float, positions: list[int | No
         ({"method": "power-ema"}, "needs --width"),
         ({"method": "ema", "alpha": 0.2, "width": 0.1}, "--width goes with"),
         ({"method": "weights"}, "go together"),
-        ({"method": "sma", "weights": (1.0,)}, "--weights goes with"),
+        ({"method": "sma", "weights": (1.0,)}, "go together"),
         ({"method": "slerp"}, "'slerp' is not known; known: sma, wma"),
     ],
 )
