@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -73,6 +74,9 @@ def fan_out_ray(
 def _die_with_parent() -> None:
     """Ask the kernel to end this process when its parent ends: a killed driver must leave no worker waiting for ever."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:
+        os._exit(1)  # it ended before the kernel was asked
 
 
 def _as_completed(futures: list[concurrent.futures.Future[Result]]) -> Iterator[Result]:

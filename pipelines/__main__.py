@@ -159,7 +159,7 @@ def merge(
 @click.option("--run", "run_url", required=True, metavar="URL", help="Run to register them in; made if it is new.")
 @click.option("--from", "pattern", required=True, metavar="PATTERN", help="Folders: * and {step} stand for a part.")
 @click.option("--format", "format_", type=click.Choice(["hf", "dcp"]), required=True, help="What the folders hold.")
-@click.option("--tokens-per-step", type=click.IntRange(min=1), help="Tokens of a global batch; needed for a new run.")
+@click.option("--tokens-per-step", type=click.IntRange(min=2), help="Tokens of a global batch; needed for a new run.")
 @click.option("--phase", type=click.Choice(["warmup", "stable", "decay"]), help="Phase of the schedule they are of.")
 @click.option("--config", "config_name", metavar="C", help="Configuration that describes a new run's model and data.")
 @common

@@ -101,8 +101,9 @@ def split_names(
     nested = {key: _below_model(paths.get(key)) for key in places}
     if not any(nested.values()):
         model_keys = [key for key in places if not _STATE_PARTS.match(key)]
-        prefixed = len(model_keys) < len(places) and all(key.startswith("model.") for key in model_keys)
-        strip = prefixed and not paths
+        # Megatron-Core keeps no paths: only a doubled prefix then tells a nested dict from Hugging Face names.
+        doubled = any(key.startswith(("model.model.", "model.lm_head.")) for key in model_keys)
+        strip = doubled and all(key.startswith("model.") for key in model_keys)
         nested = {key: key.removeprefix("model.") if strip else key for key in model_keys}
     model = {name: places[key] for key, name in nested.items() if name is not None}
     state = {_state_name(key): place for key, place in places.items() if nested.get(key) is None}
