@@ -16,13 +16,27 @@ MAX_DIFFERENCES = 50
 
 
 def require_distinct(inputs: Sequence[Checkpoint]) -> None:
-    """Refuse an empty list and the same input twice."""
+    """Refuse an empty list, the same input twice, equal snapshots under two URLs, and an earlier merge beside its own inputs."""
     if not inputs:
         raise UserError("a merge needs at least one input")
     urls = [item.url for item in inputs]
     twice = sorted({url for url in urls if urls.count(url) > 1})
     if twice:
         raise UserError(f"the same input is given twice: {', '.join(twice)}")
+    seen: dict[str, str] = {}
+    for item in inputs:
+        if item.manifest is None:
+            continue
+        if item.manifest.digest in seen:
+            raise UserError(
+                f"{seen[item.manifest.digest]} and {item.url} hold the same weights: one of them would count twice"
+            )
+        seen[item.manifest.digest] = item.url
+    for item in inputs:
+        earlier = item.manifest.merge.inputs if item.manifest is not None and item.manifest.merge is not None else ()
+        inside = [other.url for other in earlier if other.url in urls or other.digest in seen]
+        if inside:
+            raise UserError(f"{item.url} is a merge that holds {inside[0]} already: leave one of them out")
 
 
 def require_alike(inputs: Sequence[Checkpoint], policy: MergePolicy) -> None:
