@@ -58,9 +58,17 @@ def write_checkpoints(folder: Path, count: int, model: ModelConfig = SHAPE) -> l
                 )
                 for part in range(SHARDS)
             ]
-            write_side_files(store, {}, shards, lambda: None)
+            write_side_files(store, {"config.json": _config(model)}, shards, lambda: None)
         urls.append(store.url)
     return urls
+
+
+def _config(model: ModelConfig) -> bytes:
+    from tasks.models.build import build_model_config
+
+    config = build_model_config(model, 128)
+    config.dtype = "bfloat16"
+    return str(config.to_json_string(use_diff=False)).encode()
 
 
 def _random_bfloat16(random: np.random.Generator, entry: TensorEntry) -> bytes:
