@@ -34,7 +34,8 @@ def require_distinct(inputs: Sequence[Checkpoint]) -> None:
         seen[item.manifest.digest] = item.url
     for item in inputs:
         earlier = item.manifest.merge.inputs if item.manifest is not None and item.manifest.merge is not None else ()
-        inside = [other.url for other in earlier if other.url in urls or other.digest in seen]
+        others = {digest for digest, url in seen.items() if url != item.url}
+        inside = [other.url for other in earlier if other.url in urls or other.digest in others]
         if inside:
             raise UserError(f"{item.url} is a merge that holds {inside[0]} already: leave one of them out")
 

@@ -21,7 +21,7 @@ from tasks.checkpoints.regions import TensorPlace
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES
 from tasks.checkpoints.tensor_reader import TensorReader
 from tasks.checkpoints.tied import open_untied
-from tasks.merging.methods import MethodChoice
+from tasks.merging.methods import SUM_TOLERANCE, MethodChoice
 from tasks.merging.policy import BUFFER_PATTERNS, DTYPE_NAMES
 
 SAMPLES = 128
@@ -43,14 +43,12 @@ def check_sample(store: Store, manifest: Manifest, merge: Merge) -> Iterator[str
         start = int(random.integers(0, max(1, place.num_elements - SAMPLE_ELEMENTS + 1)))
         end = min(start + SAMPLE_ELEMENTS, place.num_elements)
         stored = read_float64(store, place, start, end)
-        terms, slack = [], np.zeros(end - start)
-        for weight, checkpoint in zip(weights_of(name, merge), inputs, strict=True):
-            if weight is None:
-                continue
-            values = read_float64(checkpoint.store, _places(checkpoint)[name], start, end)
-            terms.append(weight * values)
-            slack += np.abs(weight * values) * _read_epsilon(name, merge)
-        yield from _compare(str(name), start, stored, terms, slack, place.dtype)
+        used = [(w, c) for w, c in zip(weights_of(name, merge), inputs, strict=True) if w is not None]
+        values = [read_float64(c.store, _places(c)[name], start, end) for _, c in used]
+        terms = [weight * value for (weight, _), value in zip(used, values, strict=True)]
+        slack = _read_epsilon(name, merge) * np.sum(np.abs(terms), axis=0)
+        convex = min(w for w, _ in used) >= 0 and abs(sum(w for w, _ in used) - 1) <= SUM_TOLERANCE
+        yield from _compare(str(name), start, stored, terms, slack, place.dtype, values if convex else [])
 
 
 def weights_of(name: str, merge: Merge) -> Sequence[float | None]:
@@ -106,7 +104,9 @@ def _compare(
     terms: list[NDArray[np.float64]],
     slack: NDArray[np.float64],
     dtype: str,
+    values: list[NDArray[np.float64]],
 ) -> Iterator[str]:
+    """Problems of ``stored`` against weighted ``terms``; ``values`` are the inputs of a convex mean, else empty."""
     exact = np.sum(terms, axis=0)
     accumulate = 2.0**-53 if dtype == "F64" else 2.0**-24
     bound = (len(terms) + 2) * accumulate * np.sum(np.abs(terms), axis=0) + slack
@@ -115,6 +115,11 @@ def _compare(
     if not np.isfinite(stored).all() or wrong.any():
         at = int(np.argmax(wrong | ~np.isfinite(stored)))
         yield f"tensor {name!r}, element {start + at}: stored {stored[at]!r}, the inputs give {exact[at]!r}"
+    if values:
+        low, high = np.min(values, axis=0) - bound, np.max(values, axis=0) + bound
+        if ((stored < low) | (stored > high)).any():
+            at = int(np.argmax((stored < low) | (stored > high)))
+            yield f"tensor {name!r}, element {start + at}: stored {stored[at]!r} lies outside its inputs' bounds"
 
 
 def read_float64(store: Store, place: TensorPlace, start: int, end: int) -> NDArray[np.float64]:

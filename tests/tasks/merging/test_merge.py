@@ -227,8 +227,8 @@ def test_merge_of_snapshots_takes_over_step_and_lineage_but_no_state(
 
 
 def test_merge_of_a_merge_is_a_checkpoint_like_any_other(inputs: list[str], output: str, tmp_path: Path) -> None:
-    first = run(plan_of(inputs, output)).manifest
-    second = run(plan_of([output, inputs[0]], str(tmp_path / "second"))).manifest
+    first = run(plan_of(inputs[:2], output)).manifest
+    second = run(plan_of([output, inputs[2]], str(tmp_path / "second"))).manifest
     assert second.merge is not None
     assert second.merge.inputs[0].digest == first.digest
 
