@@ -25,6 +25,7 @@ from benchmarks.checkpoints import tensor_shapes
 from cluster.storage import open_store
 from configs.load import load_config
 from configs.sections import ModelConfig
+from pipelines.merge_request import collection_paused
 from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.regions import Region, TensorPlace
 from tasks.checkpoints.safetensors_header import build_header, read_header
@@ -71,9 +72,10 @@ def measure(name: str, num_inputs: int, bandwidth: float) -> dict[str, object]:
     headers = [encode_headers(models()[name]) for _ in range(num_inputs)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    inputs = [checkpoint_of(item, number) for number, item in enumerate(headers)]
-    opened = time.perf_counter() - started
-    plan = plan_merge(inputs, MethodChoice(method="sma"), output_url="memory://out")
+    with collection_paused():
+        inputs = [checkpoint_of(item, number) for number, item in enumerate(headers)]
+        opened = time.perf_counter() - started
+        plan = plan_merge(inputs, MethodChoice(method="sma"), output_url="memory://out")
     planned = time.perf_counter() - started
     sizes = [task.bytes_read for task in plan.tasks]
     return {
@@ -94,8 +96,8 @@ def measure(name: str, num_inputs: int, bandwidth: float) -> dict[str, object]:
     }
 
 
-def encode_headers(model: ModelConfig) -> list[tuple[str, bytes]]:
-    """File name and header of every shard of one input, at most 5 GiB a file as Hugging Face writes them."""
+def encode_headers(model: ModelConfig) -> list[tuple[str, bytes, int]]:
+    """File name, header and file size of every shard of one input, at most 5 GiB a file as Hugging Face writes them."""
     files: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     room = 5 << 30
     for name, shape in tensor_shapes(model):
@@ -105,17 +107,20 @@ def encode_headers(model: ModelConfig) -> list[tuple[str, bytes]]:
             room = 5 << 30
         files[-1].append((name, "F32", shape))
         room -= size
-    return [
-        (f"model-{i:05d}-of-{len(files):05d}.safetensors", build_header(file)[0])
-        for i, file in enumerate(files, start=1)
-    ]
+    shards = []
+    for number, file in enumerate(files, start=1):
+        header, entries = build_header(file)
+        shards.append(
+            (f"model-{number:05d}-of-{len(files):05d}.safetensors", header, entries[-1].offset + entries[-1].bytes)
+        )
+    return shards
 
 
-def checkpoint_of(headers: Sequence[tuple[str, bytes]], number: int) -> Checkpoint:
+def checkpoint_of(headers: Sequence[tuple[str, bytes, int]], number: int) -> Checkpoint:
     """A checkpoint whose headers are parsed as a stored one's are; its data does not exist."""
-    store = HeaderStore(f"memory://plan-scale-{number}", dict(headers))
+    store = HeaderStore(f"memory://plan-scale-{number}", {key: (header, size) for key, header, size in headers})
     model = {}
-    for key, _ in headers:
+    for key, _, _ in headers:
         for entry in read_header(store, key):
             region = Region(key=key, offset=entry.offset, start=(0,) * len(entry.shape), shape=entry.shape)
             model[entry.name] = TensorPlace(dtype=entry.dtype, shape=entry.shape, regions=(region,))
@@ -127,18 +132,17 @@ def checkpoint_of(headers: Sequence[tuple[str, bytes]], number: int) -> Checkpoi
 class HeaderStore(type(open_store("memory://plan-scale"))):  # type: ignore[misc]
     """Objects that have a header and a size, and no data."""
 
-    def __init__(self, url: str, headers: dict[str, bytes]) -> None:
+    def __init__(self, url: str, headers: dict[str, tuple[bytes, int]]) -> None:
         super().__init__(url)
         self._headers = headers
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes of the header."""
-        return self._headers[key][start:end]
+        return self._headers[key][0][start:end]
 
     def size(self, key: str) -> int:
         """Header and the data that it describes."""
-        header = self._headers[key]
-        return len(header) + max(item["data_offsets"][1] for item in json.loads(header[8:]).values() if "dtype" in item)
+        return self._headers[key][1]
 
     def version(self, key: str) -> str:
         """Constant: nothing is ever replaced."""

@@ -26,11 +26,15 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_TOO_LARGE = 2**63
+
+
 class CheckpointError(Exception):
     """A checkpoint is damaged or lies about itself; the message names URL, tensor and offset."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
     """One tensor of one shard."""
 
@@ -128,35 +132,39 @@ def _parse_entries(url: str, text: bytes, *, data_start: int, file_bytes: int) -
 
 
 def _parse_entry(url: str, name: str, item: Any, data_start: int) -> TensorEntry:
-    where = f"{url}: tensor {name!r}"
-    if not name.isprintable():
-        raise CheckpointError(f"{where}: a name of characters that cannot be printed or encoded")
-    if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= item.keys():
-        raise CheckpointError(f"{where}: entry needs dtype, shape and data_offsets")
+    # On this path for every tensor of every input: messages are made only when they are needed.
+    if type(item) is not dict or not item.keys() >= _ENTRY_KEYS:
+        raise CheckpointError(f"{url}: tensor {name!r}: entry needs dtype, shape and data_offsets")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{where}: dtype {dtype!r} is not known; known: {', '.join(DTYPE_BYTES)}")
+    if not name.isprintable():
+        raise CheckpointError(f"{url}: tensor {name!r}: a name of characters that cannot be printed or encoded")
+    if type(dtype) is not str or dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"{url}: tensor {name!r}: dtype {dtype!r} is not known; known: {', '.join(DTYPE_BYTES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: shape {shape!r} or data_offsets {offsets!r} are not non-negative integers")
-    expected = tensor_bytes(dtype, shape)
+        raise CheckpointError(
+            f"{url}: tensor {name!r}: shape {shape!r} or data_offsets {offsets!r} are not non-negative integers"
+        )
+    expected = DTYPE_BYTES[dtype] * math.prod(shape)
     if offsets[1] - offsets[0] != expected:
         raise CheckpointError(
-            f"{where}: {dtype} {shape} needs {expected} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}"
+            f"{url}: tensor {name!r}: {dtype} {shape} needs {expected} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}"
         )
     return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), offset=data_start + offsets[0], bytes=expected)
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    if type(values) is not list:
+        return False
+    return all(type(value) is int and 0 <= value < _TOO_LARGE for value in values)
 
 
 def _refuse_duplicates(url: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in table:
-                raise CheckpointError(f"{url}: {name!r} appears twice in the header")
-            table[name] = value
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{url}: {twice!r} appears twice in the header")
         return table
 
     return build
