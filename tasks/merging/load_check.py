@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from cluster.storage import Store, open_store
 from tasks.checkpoints.manifest import Merge, read_manifest
 from tasks.checkpoints.safetensors_header import CheckpointError
 from tasks.checkpoints.tied import open_untied
+from tasks.merging.policy import DTYPE_NAMES
 from tasks.merging.recompute import read_float64, weights_of
 
+DTYPE_OF = {stored: name for name, stored in DTYPE_NAMES.items()}
 TOKENS = 64
 SEQUENCES = 2
-# Largest difference of logits relative to their spread: rounding of weights to the output dtype, through a few layers.
-TOLERANCE = {"F32": 2e-4, "BF16": 6e-2, "F16": 8e-3, "F64": 1e-5}
+# Root mean square difference of logits relative to their spread. Both sides are rounded to the output's dtypes; what is left is
+# float32 sums that round the other way at a tie, and, in a mixture of experts, tokens that are routed elsewhere for it.
+TOLERANCE = {"F32": 2e-4, "BF16": 1e-2, "F16": 3e-3, "F64": 1e-5}
 
 
 def check_load(url: str) -> Iterator[str]:
@@ -38,9 +41,10 @@ def check_load(url: str) -> Iterator[str]:
             yield f"{url}: the logits are not finite"
         if manifest.merge is None:
             return
-        expected = _run(_write_mean(store, manifest.merge, Path(scratch) / "mean"))
+        dtypes = {entry.name: entry.dtype for entry in manifest.model_tensors()}
+        expected = _run(_write_mean(store, manifest.merge, dtypes, Path(scratch) / "mean"))
     narrowest = min((entry.dtype for entry in manifest.model_tensors() if entry.dtype in TOLERANCE), key=_precision)
-    difference = float((logits - expected).abs().max() / expected.std())
+    difference = float((logits - expected).square().mean().sqrt() / expected.std())
     if not difference <= TOLERANCE[narrowest]:
         yield f"{url}: logits differ from the mean's by {difference:.2e} of their spread; at most {TOLERANCE[narrowest]:.0e} is rounding"
 
@@ -71,19 +75,22 @@ def _local_copy(store: Store, keys: list[str], folder: Path) -> Path:
     return folder
 
 
-def _write_mean(store: Store, merge: Merge, folder: Path) -> Path:
+def _write_mean(store: Store, merge: Merge, dtypes: Mapping[str, str], folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
     inputs = [open_untied(item.url) for item in merge.inputs]
     tensors = {}
     for name, place in inputs[-1].model.items():
+        if dtypes[name] not in DTYPE_OF:
+            raise CheckpointError(f"{store.url}: {name!r} holds integers: its forward pass is not compared")
         terms = [
             weight * read_float64(checkpoint.store, checkpoint.model[name], 0, place.num_elements)
             for weight, checkpoint in zip(weights_of(name, merge), inputs, strict=True)
             if weight is not None
         ]
-        tensors[name] = torch.from_numpy(sum(terms)).float().reshape(place.shape).contiguous()
+        rounded = torch.from_numpy(sum(terms)).to(getattr(torch, DTYPE_OF[dtypes[name]]))
+        tensors[name] = rounded.float().reshape(place.shape).contiguous()
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads(store.read("config.json"))
