@@ -1,7 +1,7 @@
 """The one narrow seam to storage: objects under a URL, created, read by range and listed.
 
-Two implementations: :mod:`cluster.storage_local` for paths (durable, atomic on a POSIX file system)
-and :mod:`cluster.storage_fsspec` for every other scheme that can create-if-absent.
+Implementations: :mod:`cluster.storage_local` for paths (durable, atomic on a POSIX file system),
+:mod:`cluster.storage_s3` for ``s3://``, and ``memory://`` in :mod:`cluster.storage_fsspec`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Store(ABC):
     def create(self, key: str, data: bytes) -> None:
         """Write an object only if none exists, atomically; else :class:`cluster.errors.ObjectExists`.
 
-        On S3, an object with equal bytes counts as written: it may be our own, after a lost response.
+        After a lost response it is our own object that a retry meets: that counts as written.
         """
 
     @abstractmethod
@@ -151,9 +151,9 @@ def open_store(url: str) -> Store:
         from cluster.storage_s3 import S3Store
 
         return S3Store(url.rstrip("/"))
-    from cluster.storage_fsspec import FsspecStore
+    from cluster.storage_fsspec import MemoryStore
 
-    return FsspecStore(url.rstrip("/"))
+    return MemoryStore(url.rstrip("/"))
 
 
 def scheme_of(url: str) -> str:

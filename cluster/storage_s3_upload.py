@@ -1,215 +1,220 @@
-"""Stream one S3 object by multipart upload: bounded memory, create-if-absent, nothing left behind on failure.
+"""Create-if-absent writes to S3: single requests, and streams in parts with bounded memory.
 
-Parts go by plain HTTP PUT to presigned URLs, whose payload is not signed: the bytes are hashed once, by our own
-BLAKE3, and not again by the client. Signatures stand in those URLs, so no URL is ever part of a message.
+Every such write carries an id of its own in the object's metadata. When an answer was lost, or a retry
+is told that the object exists, the id says whether the object is ours.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-from types import TracebackType
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.errors import ObjectExists, StorageError, StorageFull
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
-FIRST_PART_BYTES = 16 << 20
-GROWTH_PARTS = 500
-"""Parts of one size before it doubles: 10,000 parts, which S3 allows, are then far more than 5 TiB."""
+from cluster.errors import ObjectExists
+from cluster.storage_s3_client import (
+    HTTP_CONFLICT,
+    HTTP_NOT_FOUND,
+    HTTP_PRECONDITION_FAILED,
+    HTTP_SERVER_ERROR,
+    code_of,
+    status_of,
+)
+
+PART_BYTES = 16 << 20
+EQUAL_PARTS = 800
+"""After so many parts each is larger by another :data:`PART_BYTES`: 10,000 parts, S3's limit, hold 1 TiB."""
 PARTS_IN_FLIGHT = 3
-CONFLICTS = (409, 412)
-FULL = (507,)
-TIMEOUT_SECONDS = 120.0
+CONFLICT_PAUSES_SECONDS = (0.2, 0.5, 1.0, 2.0)
+WRITE_ID = "pma-write"
+
+logger = logging.getLogger(__name__)
 
 
-class S3Upload:
-    """A sequential writer; the object appears when its context ends without an error, or not at all."""
+@dataclass(frozen=True, kw_only=True)
+class ConditionalWrite:
+    """One attempt to write one object on a condition."""
 
-    def __init__(self, client: Any, bucket: str, key: str, url: str) -> None:
-        self._client, self._where, self._url = client, {"Bucket": bucket, "Key": key}, url
-        self._upload_id: str | None = None
-        self._part = bytearray()
-        self._sent: list[concurrent.futures.Future[str]] = []
-        self._pool = concurrent.futures.ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix="upload")
+    s3: Any
+    """Client."""
+    bucket: str
+    """Name of the bucket."""
+    key: str
+    """Whole key in the bucket."""
+    write_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    """What tells this write from all others."""
 
-    def __enter__(self) -> S3Upload:
-        return self
+    @property
+    def target(self) -> dict[str, str]:
+        """Bucket and key, as every request wants them."""
+        return {"Bucket": self.bucket, "Key": self.key}
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``; returns when it is copied, and waits while too many parts are in flight."""
-        view = memoryview(data).cast("B")
-        while len(view):
-            room = self._part_bytes() - len(self._part)
-            self._part += view[:room]
-            view = view[room:]
-            if len(self._part) == self._part_bytes():
-                self._send()
+    @property
+    def marked_target(self) -> dict[str, Any]:
+        """The same with our id, for the request that makes the object."""
+        return {**self.target, "Metadata": {WRITE_ID: self.write_id}}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is not None:
-                self._abort()
-            elif self._upload_id is None:
-                self._put_whole()
-            else:
-                self._complete()
-        finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def send(self, request: Callable[[], object]) -> ClientError | None:
+        """Send ``request``; None once the object is ours, else the error that refused it.
 
-    def _part_bytes(self) -> int:
-        return int(FIRST_PART_BYTES << (len(self._sent) // GROWTH_PARTS))
-
-    def _send(self) -> None:
-        if self._upload_id is None:
-            self._upload_id = str(self._call("create_multipart_upload", **self._where)["UploadId"])
-        number = len(self._sent) + 1
-        # A result raises here what its part could not do, and bounds what waits in memory.
-        if number > PARTS_IN_FLIGHT:
-            self._sent[number - 1 - PARTS_IN_FLIGHT].result()
-        self._sent.append(self._pool.submit(self._put_part, number, self._part))
-        self._part = bytearray()
-
-    def _put_part(self, number: int, data: bytearray) -> str:
-        import urllib3
-
-        address = self._client.generate_presigned_url(
-            "upload_part", Params={**self._where, "UploadId": self._upload_id, "PartNumber": number}, ExpiresIn=3600
-        )
-        retries = urllib3.Retry(
-            total=8,
-            backoff_factor=0.3,
-            status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=None,
-            raise_on_status=False,
-        )
-        try:
-            answer = _http().request("PUT", address, body=bytes(data), retries=retries, timeout=TIMEOUT_SECONDS)
-        except urllib3.exceptions.HTTPError as error:
-            raise StorageError(f"{self._url}: part {number} could not be sent: {type(error).__name__}") from None
-        if answer.status in FULL:
-            raise StorageFull(f"{self._url}: no space left; free some and run the same command again")
-        if answer.status != 200:
-            raise StorageError(f"{self._url}: part {number} was refused with status {answer.status}")
-        return str(answer.headers["ETag"])
-
-    def _put_whole(self) -> None:
-        """An object below one part: a single conditional PUT."""
-        data = bytes(self._part)
-        try:
-            self._call("put_object", **self._where, Body=data, IfNoneMatch="*")
-        except ObjectExists:
-            # A retry after a lost response meets its own write.
-            if not self._is_ours(data):
-                raise
-
-    def _complete(self) -> None:
-        try:
-            if self._part:
-                self._send()
-            parts = [{"PartNumber": n, "ETag": sent.result()} for n, sent in enumerate(self._sent, start=1)]
-        except BaseException:
-            self._abort()
-            raise
-        etag = _multipart_etag([str(part["ETag"]) for part in parts])
-        try:
-            self._call(
-                "complete_multipart_upload",
-                **self._where,
-                UploadId=self._upload_id,
-                MultipartUpload={"Parts": parts},
-                IfNoneMatch="*",
-            )
-        except BaseException:
-            # The response may have been lost: an object of our parts' ETag is ours.
-            if self._etag() != etag or self._still_open():
-                self._abort()
-                raise
-
-    def _abort(self) -> None:
-        """Discard what was sent; parts still on their way are waited for, or they would be left behind."""
-        concurrent.futures.wait(self._sent)
-        if self._upload_id is not None:
+        A failure that leaves the outcome open is settled by looking; what cannot be settled is raised.
+        """
+        for pause_seconds in (*CONFLICT_PAUSES_SECONDS, None):
             try:
-                self._call("abort_multipart_upload", **self._where, UploadId=self._upload_id)
-            except StorageError:
-                return  # the error that led here says more; a later attempt abandons it
+                request()
+            except (ClientError, BotoCoreError) as error:
+                refused = is_refusal(error)
+                if not refused and not may_be_carried_out(error):
+                    raise
+                found = self._id_found(error)
+                if found == self.write_id:
+                    return None
+                if refused and (found is not None or status_of(error) == HTTP_PRECONDITION_FAILED):
+                    return error
+                # A conflict with a write that is not finished yet: AWS asks to try again.
+                if not refused or status_of(error) != HTTP_CONFLICT or pause_seconds is None:
+                    raise
+                time.sleep(pause_seconds)
+            else:
+                return None
+        raise AssertionError("the last pause is None")
 
-    def _etag(self) -> str | None:
+    def _id_found(self, original: Exception) -> str | None:
+        """Write id of the object that stands there, empty for a stranger's; None if there is no object."""
         try:
-            return str(self._call("head_object", **self._where)["ETag"])
-        except StorageError:
-            return None
-
-    def _still_open(self) -> bool:
-        """Whether our upload was not the one that completed: then an equal object is another writer's."""
-        try:
-            self._call("list_parts", **self._where, UploadId=self._upload_id)
-        except StorageError:
-            return False
-        return True
-
-    def _is_ours(self, data: bytes) -> bool:
-        try:
-            answer = self._call("get_object", **self._where)
-        except StorageError:
-            return False
-        return bool(answer["Body"].read() == data)
-
-    def _call(self, operation: str, **parameters: Any) -> Any:
-        return call(self._client, operation, self._url, **parameters)
+            found = self.s3.head_object(**self.target)["Metadata"].get(WRITE_ID, "")
+            return str(found)
+        except ClientError as error:
+            if status_of(error) == HTTP_NOT_FOUND:
+                return None
+            raise original from error
+        except BotoCoreError as error:
+            raise original from error
 
 
-def call(client: Any, operation: str, url: str, **parameters: Any) -> Any:
-    """One boto3 operation, with its errors as ours."""
-    from botocore.exceptions import BotoCoreError, ClientError
+def is_refusal(error: ClientError | BotoCoreError) -> bool:
+    """Whether the storage says that the condition did not hold, or that what was to be written on is gone."""
+    if not isinstance(error, ClientError):
+        return False
+    gone = code_of(error) in ("NoSuchKey", "NoSuchUpload")
+    return gone or status_of(error) in (HTTP_CONFLICT, HTTP_PRECONDITION_FAILED)
 
+
+def may_be_carried_out(error: ClientError | BotoCoreError) -> bool:
+    """Whether a request that failed so may have reached the storage and done its work."""
+    if isinstance(error, ClientError):
+        return status_of(error) >= HTTP_SERVER_ERROR
+    return isinstance(error, HTTPClientError)
+
+
+def part_bytes(number: int) -> int:
+    """Size of part ``number``, counted from 0."""
+    return PART_BYTES * (1 + number // EQUAL_PARTS)
+
+
+class StreamedUpload:
+    """Writes one new object in parts, at most :data:`PARTS_IN_FLIGHT` of them being sent while the next fills up.
+
+    What fits one part is sent as one request. Call :meth:`complete` once or :meth:`abort`.
+    """
+
+    def __init__(self, s3: Any, bucket: str, key: str) -> None:
+        self._object = ConditionalWrite(s3=s3, bucket=bucket, key=key)
+        self._upload_id: str | None = None
+        self._buffer = bytearray(part_bytes(0))
+        self._filled = 0
+        self._spare: list[bytearray] = []
+        self._sending: deque[Future[tuple[str, bytearray]]] = deque()
+        self._etags: list[str] = []
+        self._pool = ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix="upload")
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append ``data``; waits while too many parts are in flight, raises if one failed."""
+        view = memoryview(data)
+        total = view.nbytes
+        view = view.cast("B") if total else view[:0]
+        while len(view):
+            if self._filled == len(self._buffer):
+                self._send_part()
+            count = min(len(view), len(self._buffer) - self._filled)
+            # Through a view: assigning to a slice of a bytearray copies twice.
+            with memoryview(self._buffer) as buffer:
+                buffer[self._filled : self._filled + count] = view[:count]
+            self._filled += count
+            view = view[count:]
+        return total
+
+    def complete(self) -> None:
+        """Make the object appear; :class:`ObjectExists` if another one stands there."""
+        s3, target = self._object.s3, self._object.target
+        del self._buffer[self._filled :]
+        if self._upload_id is None:
+            once = {**self._object.marked_target, "IfNoneMatch": "*"}
+            refusal = self._object.send(lambda: s3.put_object(Body=self._buffer, **once))
+        else:
+            self._send_part()
+            while self._sending:
+                self._collect()
+            parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(self._etags, start=1)]
+            once = {**target, "UploadId": self._upload_id, "MultipartUpload": {"Parts": parts}, "IfNoneMatch": "*"}
+            refusal = self._object.send(lambda: s3.complete_multipart_upload(**once))
+        if refusal:
+            raise ObjectExists(f"s3://{self._object.bucket}/{self._object.key} exists already") from refusal
+        self._pool.shutdown()
+
+    def abort(self) -> None:
+        """Leave nothing behind; a storage that does not answer is logged, and is left to the next clean-up."""
+        for future in self._sending:
+            future.cancel()
+        # A part that arrives after the abort would be an orphan.
+        self._pool.shutdown()
+        if self._upload_id is not None:
+            discard_upload(self._object.s3, self._object.bucket, self._object.key, self._upload_id)
+
+    def _send_part(self) -> None:
+        if self._upload_id is None:
+            answer = self._object.s3.create_multipart_upload(**self._object.marked_target)
+            self._upload_id = answer["UploadId"]
+        if len(self._sending) == PARTS_IN_FLIGHT:
+            self._collect()
+        number = len(self._etags) + len(self._sending)
+        self._sending.append(self._pool.submit(self._upload_part, number, self._buffer))
+        size = part_bytes(number + 1)
+        fits = self._spare and len(self._spare[-1]) == size
+        self._buffer, self._filled = self._spare.pop() if fits else bytearray(size), 0
+
+    def _upload_part(self, number: int, body: bytearray) -> tuple[str, bytearray]:
+        # botocore sends a bytearray as it is; bytes it wraps in a file and sends in small pieces.
+        answer = self._object.s3.upload_part(
+            Body=body, PartNumber=number + 1, UploadId=self._upload_id, **self._object.target
+        )
+        return str(answer["ETag"]), body
+
+    def _collect(self) -> None:
+        etag, buffer = self._sending.popleft().result()
+        self._etags.append(etag)
+        self._spare = [buffer]
+
+
+def list_uploads(s3: Any, bucket: str, prefix: str) -> list[tuple[str, str]]:
+    """Key and upload id of every unfinished upload whose key begins with ``prefix``."""
+    pages = s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+    return [(upload["Key"], upload["UploadId"]) for page in pages for upload in page.get("Uploads", [])]
+
+
+def discard_upload(s3: Any, bucket: str, key: str, upload_id: str) -> bool:
+    """Remove an unfinished upload and its parts; whether that succeeded, else a warning says what is left."""
     try:
-        return getattr(client, operation)(**parameters)
-    except ClientError as error:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        code = error.response.get("Error", {}).get("Code")
-        if status in CONFLICTS:
-            raise ObjectExists(f"{url} exists already") from None
-        if status in FULL:
-            raise StorageFull(f"{url}: no space left; free some and run the same command again") from None
-        raise StorageError(f"{url}: {operation} was refused: {code} (status {status})") from None
-    except BotoCoreError as error:
-        raise StorageError(f"{url}: {operation} failed: {type(error).__name__}") from None
-
-
-def abort_uploads(client: Any, bucket: str, prefix: str, url: str) -> int:
-    """Abort every unfinished multipart upload below ``prefix``; how many there were."""
-    count = 0
-    markers: dict[str, str] = {}
-    while True:
-        page = call(client, "list_multipart_uploads", url, Bucket=bucket, Prefix=prefix, **markers)
-        for upload in page.get("Uploads", []):
-            if upload["Key"].startswith(prefix):
-                call(
-                    client, "abort_multipart_upload", url, Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                )
-                count += 1
-        if not page.get("IsTruncated"):
-            return count
-        markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-
-
-def _multipart_etag(etags: list[str]) -> str:
-    """ETag that S3 gives an object made of parts with ``etags``: MD5 of their MD5s, and their number."""
-    import hashlib
-
-    joined = b"".join(bytes.fromhex(etag.strip('"')) for etag in etags)
-    return f'"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(etags)}"'
-
-
-def _http() -> Any:
-    import urllib3
-
-    global _pool  # noqa: PLW0603  one connection pool a process
-    if _pool is None:
-        _pool = urllib3.PoolManager(num_pools=8, maxsize=32)
-    return _pool
-
-
-_pool: Any = None
+        s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+    except (ClientError, BotoCoreError) as error:
+        if isinstance(error, ClientError) and code_of(error) == "NoSuchUpload":
+            return True
+        logger.warning("s3://%s/%s: an unfinished upload is left behind: %s", bucket, key, error)
+        return False
+    return True

@@ -7,16 +7,16 @@ per rank that saved a part.
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tasks.checkpoints.safetensors_header import CheckpointError, tensor_bytes
 
 MANY_REGIONS = 16
-MAX_OPEN_REGIONS = 4096
+MAX_COMPARISONS = 4_000_000
+"""Of pairs of regions, some seconds: grids, which is what trainers write, need none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,11 @@ class TensorPlace:
     """Boxes that hold every element exactly once."""
     digest: str = ""
     """BLAKE3 of the tensor's row-major bytes; empty where it is not known."""
+    thickest: int = field(init=False, repr=False, compare=False)
+    """Largest extent of a region along the outermost dimension: how far before a row may a region that meets it begin."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thickest", max((r.shape[0] for r in self.regions if r.shape), default=0))
 
     @property
     def num_elements(self) -> int:
@@ -105,7 +110,7 @@ def flat_boxes(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tup
 def transfers(place: TensorPlace, start: int, end: int) -> Iterator[Transfer]:
     """What to read from which region to have elements ``start`` to ``end`` of ``place``."""
     for box_start, extent in flat_boxes(place.shape, start, end):
-        for region in _touching(place.regions, box_start, extent):
+        for region in _touching(place, box_start, extent):
             low = tuple(max(a, b) for a, b in zip(box_start, region.start, strict=True))
             high = tuple(
                 min(a + n, b + m) for a, n, b, m in zip(box_start, extent, region.start, region.shape, strict=True)
@@ -122,7 +127,7 @@ def transfers(place: TensorPlace, start: int, end: int) -> Iterator[Transfer]:
 def require_tiling(place: TensorPlace, where: str) -> None:
     """Refuse regions that leave the tensor, overlap, or do not cover it: :class:`CheckpointError` names ``where`` and a region."""
     for region in place.regions:
-        if len(region.shape) != len(place.shape) or any(
+        if not (len(region.start) == len(region.shape) == len(place.shape)) or any(
             a < 0 or n < 0 or a + n > size for a, n, size in zip(region.start, region.shape, place.shape, strict=True)
         ):
             raise CheckpointError(f"{where}: {_describe(region)} leaves the tensor's shape {list(place.shape)}")
@@ -133,7 +138,7 @@ def require_tiling(place: TensorPlace, where: str) -> None:
             f"{where}: {len(place.regions)} regions hold {held} elements, the tensor has {place.num_elements}: they {what}"
         )
     filled = [region for region in place.regions if math.prod(region.shape)]
-    if not _is_grid(filled) and (pair := _overlapping(filled)):
+    if not _is_grid(filled) and (pair := _overlapping(filled, where)):
         raise CheckpointError(f"{where}: {_describe(pair[0])} overlaps {_describe(pair[1])}")
 
 
@@ -142,18 +147,14 @@ def ordered(regions: Iterable[Region]) -> tuple[Region, ...]:
     return tuple(sorted((r for r in regions if math.prod(r.shape)), key=lambda region: region.start))
 
 
-def _touching(regions: tuple[Region, ...], box_start: tuple[int, ...], extent: tuple[int, ...]) -> Iterable[Region]:
+def _touching(place: TensorPlace, box_start: tuple[int, ...], extent: tuple[int, ...]) -> Iterable[Region]:
     """Regions that may meet a box: by bisection along the outermost dimension."""
+    regions = place.regions
     if len(regions) < MANY_REGIONS or not box_start:
         return regions
-    low = bisect.bisect_left(regions, box_start[0] - _thickest(regions) + 1, key=_row)
+    low = bisect.bisect_left(regions, box_start[0] - place.thickest + 1, key=_row)
     high = bisect.bisect_left(regions, box_start[0] + extent[0], key=_row)
     return regions[low:high]
-
-
-@functools.lru_cache(maxsize=64)
-def _thickest(regions: tuple[Region, ...]) -> int:
-    return max(region.shape[0] for region in regions)
 
 
 def _row(region: Region) -> int:
@@ -169,9 +170,8 @@ def _is_grid(regions: Sequence[Region]) -> bool:
         for dimension, (start, size) in enumerate(zip(region.start, region.shape, strict=True)):
             if edges[dimension].setdefault(start, size) != size:
                 return False
-    if math.prod(len(starts) for starts in edges) != len({region.start for region in regions}) or len(
-        {region.start for region in regions}
-    ) != len(regions):
+    cells = math.prod(len(starts) for starts in edges)
+    if not cells == len(regions) == len({region.start for region in regions}):
         return False
     return all(
         start + size <= following
@@ -180,11 +180,17 @@ def _is_grid(regions: Sequence[Region]) -> bool:
     )
 
 
-def _overlapping(regions: Sequence[Region]) -> tuple[Region, Region] | None:
+def _overlapping(regions: Sequence[Region], where: str) -> tuple[Region, Region] | None:
     """Two regions that overlap: compared along the outermost dimension in order, so that most pairs are never looked at."""
     open_regions: list[Region] = []
+    comparisons = 0
     for region in sorted(regions, key=lambda item: item.start):
         open_regions = [r for r in open_regions if not r.shape or r.start[0] + r.shape[0] > region.start[0]]
+        comparisons += len(open_regions)
+        if comparisons > MAX_COMPARISONS:
+            raise CheckpointError(
+                f"{where}: {len(regions)} regions are no grid, and too many to compare with each other"
+            )
         for other in open_regions:
             if all(
                 a < b + m and b < a + n
@@ -192,8 +198,6 @@ def _overlapping(regions: Sequence[Region]) -> tuple[Region, Region] | None:
             ):
                 return other, region
         open_regions.append(region)
-        if len(open_regions) > MAX_OPEN_REGIONS:
-            raise CheckpointError(f"{_describe(region)}: more than {MAX_OPEN_REGIONS} irregular regions side by side")
     return None
 
 

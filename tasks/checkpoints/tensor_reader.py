@@ -16,6 +16,8 @@ from tasks.checkpoints.torch_archive import locate_elements
 
 MAX_OPEN = 64
 """Objects kept open; a checkpoint of many ranks has thousands."""
+MAX_FOUND = 65536
+"""Archives whose elements are remembered, some 20 MiB; a large checkpoint has a million. Another look costs two reads."""
 
 
 class TensorReader:
@@ -24,7 +26,7 @@ class TensorReader:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._objects: OrderedDict[str, RangeReader] = OrderedDict()
-        self._found: dict[tuple[str, int], int] = {}
+        self._found: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._guard = threading.Lock()
 
     def __enter__(self) -> TensorReader:
@@ -78,13 +80,20 @@ class TensorReader:
         """Byte at which the region's elements begin; an archive is looked into once."""
         if not region.archive_bytes:
             return region.offset
-        place = (region.key, region.offset)
-        if place not in self._found:
-            where = f"{self.store.url}/{region.key}: the chunk at byte {region.offset}"
-            self._found[place] = locate_elements(
-                lambda start, end: self._read(region.key, start, end), region, dtype, where
+        archive = (region.key, region.offset)
+        with self._guard:
+            found = self._found.get(archive)
+        if found is None:
+            where = (
+                f"{self.store.url}/{region.key}: the chunk at byte {region.offset}, "
+                f"which is {dtype} {list(region.shape)} from {list(region.start)}"
             )
-        return self._found[place]
+            found = locate_elements(lambda start, end: self._read(region.key, start, end), region, dtype, where)
+            with self._guard:
+                self._found[archive] = found
+                if len(self._found) > MAX_FOUND:
+                    self._found.popitem(last=False)
+        return found
 
     def _read(self, key: str, start: int, end: int) -> bytes:
         data = bytearray(end - start)

@@ -7,11 +7,13 @@ strides, and one uncompressed member with the elements.
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from collections.abc import Callable
 from typing import Any
 
-from tasks.checkpoints.inert_pickle import Name, PersistentId, Record, read_pickle
+from tasks.checkpoints.inert_pickle import read_pickle
+from tasks.checkpoints.inert_values import Name, PersistentId, Record
 from tasks.checkpoints.regions import Region
 from tasks.checkpoints.safetensors_header import CheckpointError, tensor_bytes
 
@@ -34,13 +36,18 @@ ALLOWED = frozenset(
     {
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_tensor_v3",
-        "torch._utils._rebuild_parameter",
         "torch.storage.UntypedStorage",
         "collections.OrderedDict",
         *(f"torch.{name}" for name in STORAGE_DTYPES),
         *(f"torch.{name}" for name in DTYPES),
     }
 )
+
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, KeyError, IndexError, EOFError, OSError, ValueError, OverflowError, NotImplementedError,
+    RuntimeError, struct.error,
+)  # fmt: skip
+"""What zipfile raises for damaged archives; storage fails with :class:`cluster.errors.StorageError`."""
 
 ReadRange = Callable[[int, int], bytes]
 """Bytes ``start`` (included) to ``end`` (excluded) of the object."""
@@ -56,18 +63,22 @@ def locate_elements(read: ReadRange, region: Region, dtype: str, where: str) -> 
     try:
         with zipfile.ZipFile(ends) as archive:
             members = {item.filename.split("/", 1)[-1]: item for item in archive.infolist()}
-            pickled = members["data.pkl"]
-            if pickled.file_size > MAX_PICKLE_BYTES or pickled.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(
-                    f"{where}: data.pkl of {pickled.file_size} bytes, or compressed, describes no tensor"
-                )
-            storage, first_element = _parse(read_pickle(archive.read(pickled), ALLOWED, where), dtype, region, where)
-            if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+            described = read_pickle(_small(archive, members["data.pkl"], where), ALLOWED, where)
+            storage, first_element = _parse(described, dtype, region, where)
+            if "byteorder" in members and _small(archive, members["byteorder"], where) != b"little":
                 raise CheckpointError(f"{where}: the archive is not little-endian")
-            data = members[f"data/{storage}"]
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{where}: not a torch.save archive of one tensor: {error}") from None
-    return _first_byte(ends, data, region, dtype, first_element, where)
+            return _first_byte(ends, members[f"data/{storage}"], region, dtype, first_element, where)
+    except _ZIP_ERRORS as error:
+        raise CheckpointError(f"{where}: not a torch.save archive of one tensor: {str(error)[:200]}") from None
+
+
+def _small(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> bytes:
+    """A member's bytes; never unpacked, as a few bytes could become any number."""
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size > MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{where}: {member.filename[:80]!r} of {member.file_size} bytes is compressed or too large"
+        )
+    return archive.read(member)
 
 
 def _first_byte(ends: _Ends, data: zipfile.ZipInfo, region: Region, dtype: str, first_element: int, where: str) -> int:
@@ -75,7 +86,7 @@ def _first_byte(ends: _Ends, data: zipfile.ZipInfo, region: Region, dtype: str, 
         raise CheckpointError(f"{where}: the elements are compressed or encrypted; they cannot be read by range")
     ends.seek(data.header_offset)
     header = ends.read(LOCAL_HEADER_BYTES)
-    if header[:4] != b"PK\x03\x04":
+    if len(header) < LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
         raise CheckpointError(f"{where}: the archive's directory points at no member")
     start = data.header_offset + LOCAL_HEADER_BYTES
     start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
@@ -90,34 +101,41 @@ def _first_byte(ends: _Ends, data: zipfile.ZipInfo, region: Region, dtype: str, 
 
 def _parse(value: Any, dtype: str, region: Region, where: str) -> tuple[str, int]:
     """Member and first element of the tensor that data.pkl describes, checked against what the metadata said."""
-    if isinstance(value, Record) and value.name.name == "_rebuild_parameter":
-        value = value.args[0]
     match value:
         case Record(
-            name=Name(name="_rebuild_tensor_v2" | "_rebuild_tensor_v3"),
+            name=Name(name="_rebuild_tensor_v2" | "_rebuild_tensor_v3" as version),
             args=(
                 PersistentId(value=("storage", Name() as kind, str(storage), _, int())),
                 int(first),
-                shape,
-                strides,
+                tuple(shape),
+                tuple(strides),
+                _requires_grad,
+                _hooks,
                 *rest,
             ),
         ):
-            named = rest[3] if value.name.name == "_rebuild_tensor_v3" and len(rest) > 3 else None
+            # Newer dtypes have no storage class of their own: v3 names the dtype.
+            named = rest.pop(0) if version == "_rebuild_tensor_v3" and rest else None
             stored = DTYPES.get(named.name, "") if isinstance(named, Name) else STORAGE_DTYPES.get(kind.name, "")
         case _:
             raise CheckpointError(f"{where}: data.pkl describes no plain tensor")
-    if stored != dtype or tuple(shape) != region.shape or first < 0:
-        raise CheckpointError(
-            f"{where}: the archive holds {stored or kind.name} {list(shape)}, the metadata says {dtype} {list(region.shape)}"
-        )
-    if not _is_row_major(region.shape, strides):
-        raise CheckpointError(f"{where}: strides {list(strides)} are not row-major; save a contiguous tensor")
+    if stored != dtype or shape != region.shape or first < 0:
+        held = f"{stored or kind.name} {_sizes(shape)}"
+        raise CheckpointError(f"{where}: the archive holds {held}, the metadata says {dtype} {list(region.shape)}")
+    if any(rest):
+        raise CheckpointError(f"{where}: the tensor is stored as a negated or conjugated view, not by its elements")
+    if not _is_row_major(shape, strides):
+        raise CheckpointError(f"{where}: strides {_sizes(strides)} are not row-major; save a contiguous tensor")
     return storage, first
 
 
-def _is_row_major(shape: tuple[int, ...], strides: Any) -> bool:
-    if not isinstance(strides, tuple) or len(strides) != len(shape):
+def _sizes(values: tuple[Any, ...]) -> str:
+    """``values`` for a message; they may be anything."""
+    return str(list(values)) if len(values) <= 16 and all(type(value) is int for value in values) else "not of integers"
+
+
+def _is_row_major(shape: tuple[int, ...], strides: tuple[Any, ...]) -> bool:
+    if len(strides) != len(shape):
         return False
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
