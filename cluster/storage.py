@@ -183,12 +183,6 @@ def is_shared_with_workers(store: Store) -> bool:
     return not store.url.startswith("memory://")
 
 
-def open_object(url: str) -> tuple[Store, str]:
-    """Split an object's URL into the store of its folder and its key."""
-    folder, _, key = url.rstrip("/").rpartition("/")
-    return open_store(folder), key
-
-
 def list_text_files(url: str) -> Iterator[str]:
     """URLs of the files that a path, folder or glob names, sorted, through fsspec."""
     from cluster.storage_fsspec import expand

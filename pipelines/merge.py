@@ -116,9 +116,12 @@ def require_workers(workers: str) -> None:
 def task_runner(workers: str, inputs: Sequence[Checkpoint], output_urls: Sequence[str]) -> Iterator[Callable[..., Any]]:
     """How tasks are carried out: ``ray``, ``local`` (a thread per CPU) or a number of local processes."""
     if workers == "local":
-        yield lambda function, tasks: fan_out_local(function, tasks, num_workers=os.cpu_count() or 1)
+        # Where reads and commits wait for a network, twice as many tasks keep the processors at work.
+        waits = any(open_store(url).reads_ahead for url in (*output_urls, *(c.store.url for c in inputs)))
+        threads = (os.cpu_count() or 1) * (2 if waits else 1)
+        yield lambda function, tasks: fan_out_local(function, tasks, num_workers=threads)
         return
-    if not all(is_shared_with_workers(open_store(url)) for url in (*output_urls, *(c.url for c in inputs))):
+    if not all(is_shared_with_workers(open_store(url)) for url in (*output_urls, *(c.store.url for c in inputs))):
         raise UserError(f"--workers {workers} cannot see memory:// storage; use --workers local")
     if workers == "ray":
         slots = os.cpu_count() or 1

@@ -17,7 +17,7 @@ from faulty_store import FaultyStore
 from racing import RACERS, frequent_switches, race, stream, won
 
 from cluster.errors import ObjectExists, ObjectMissing, StorageError
-from cluster.storage import Store, open_object, open_store
+from cluster.storage import Store, open_store
 
 __all__ = ["frequent_switches"]
 
@@ -432,12 +432,6 @@ def test_store_opened_again_by_its_url_sees_the_same_objects(store: Store) -> No
     store.put("key", b"bytes")
     assert open_store(store.url).read("key") == b"bytes"
     assert open_store(f"{store.url}/").url == store.url
-
-
-def test_open_object_splits_folder_and_key(store: Store) -> None:
-    store.put("folder/key", b"bytes")
-    folder, key = open_object(f"{store.url}/folder/key")
-    assert (folder.url, key, folder.read(key)) == (f"{store.url}/folder", "key", b"bytes")
 
 
 # The store that fails on purpose
