@@ -10,12 +10,21 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from cluster.errors import ObjectMissing
 from cluster.storage import Store
+from tasks.checkpoints.dcp_fields import (
+    MAX_SIZE,
+    is_kind,
+    is_size,
+    parse_fields,
+    parse_mapping,
+    parse_name,
+    parse_sizes,
+)
 from tasks.checkpoints.dcp_names import is_state, split_names
-from tasks.checkpoints.inert_pickle import read_pickle
+from tasks.checkpoints.inert_pickle import collector_paused, read_pickle
 from tasks.checkpoints.inert_values import Name, Record
 from tasks.checkpoints.regions import Region, TensorPlace, ordered, require_tiling
 from tasks.checkpoints.safetensors_header import CheckpointError, tensor_bytes
@@ -27,9 +36,6 @@ SMALL_METADATA_BYTES = 8 << 20
 """Read whatever the objects hold: 60,000 chunks."""
 CHUNK_BYTES = 16
 """At least, of the metadata for one chunk; in practice 140."""
-MAX_NAME = 4096
-MAX_DIMENSIONS = 64
-MAX_SIZE = 1 << 63
 SIZE_REQUESTS = 16
 """At once: a large run has thousands of objects."""
 _DCP = "torch.distributed.checkpoint"
@@ -70,6 +76,7 @@ class DcpContents:
     """Entries that are no tensors, or whose shape is not that of the tensor they belong to."""
 
 
+@collector_paused()
 def open_dcp(store: Store) -> DcpContents:
     """Contents of the DCP folder at ``store``, from ``.metadata`` and the sizes of its objects.
 
@@ -79,23 +86,23 @@ def open_dcp(store: Store) -> DcpContents:
     where = f"{store.url}/{METADATA_KEY}"
     _require_plausible_size(store, where)
     data = store.read(METADATA_KEY)
-    metadata = _fields(read_pickle(data, ALLOWED, where), "Metadata", where)
-    entries = _mapping(metadata.get("state_dict_metadata"), where)
+    metadata = parse_fields(read_pickle(data, ALLOWED, where), "Metadata", where)
+    entries = parse_mapping(metadata.get("state_dict_metadata"), where)
     _require_plausible_chunks(entries, len(data), where)
     stored = _stored_chunks(metadata.get("storage_data"), where)
     _require_objects(store, stored)
     places, ignored = {}, []
     for key, entry in entries.items():
-        name = _name(key, where)
-        if _is_kind(entry, "TensorStorageMetadata") and not _EXTRA_STATE.search(name):
-            places[name] = _place(name, _fields(entry, "TensorStorageMetadata", where), stored, where)
-        elif _is_kind(entry, "TensorStorageMetadata") or _is_kind(entry, "BytesStorageMetadata"):
+        name = parse_name(key, where)
+        if is_kind(entry, "TensorStorageMetadata") and not _EXTRA_STATE.search(name):
+            places[name] = _place(name, parse_fields(entry, "TensorStorageMetadata", where), stored, where)
+        elif is_kind(entry, "TensorStorageMetadata") or is_kind(entry, "BytesStorageMetadata"):
             ignored.append(name)
         else:
             raise CheckpointError(f"{where}: entry {name!r} is neither a tensor nor bytes")
     ignored += _without_reshaped(places, metadata.get("mcore_data"), where)
     paths = metadata.get("planner_data")
-    model, state = split_names(places, {} if paths is None else _mapping(paths, where), where)
+    model, state = split_names(places, {} if paths is None else parse_mapping(paths, where), where)
     if not model:
         raise CheckpointError(f"{where}: no weights among {len(places)} tensors ({', '.join(list(places)[:5])} ...)")
     return DcpContents(model=model, state=state, ignored=tuple(ignored))
@@ -106,22 +113,34 @@ def _stored_chunks(storage_data: Any, where: str) -> dict[tuple[str, tuple[int, 
     if not isinstance(storage_data, dict):
         raise CheckpointError(f"{where}: no storage_data")
     chunks: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
+    # A million chunks name few tensors and fewer objects: each is looked at once.
+    names: set[Any] = set()
+    paths: set[Any] = set()
     for index, info in storage_data.items():
-        key, value = _fields(index, "MetadataIndex", where), _fields(info, "_StorageInfo", where)
-        name = _name(key.get("fqn"), where)
-        path = _name(value.get("relative_path"), f"{where}: object of {name!r}")
+        key, value = parse_fields(index, "MetadataIndex", where), parse_fields(info, "_StorageInfo", where)
+        name: Any = key.get("fqn")
+        path: Any = value.get("relative_path")
         offset, length = value.get("offset"), value.get("length")
-        if not _is_size(offset) or not _is_size(length) or not length:
+        if type(name) is not str or name not in names:
+            names.add(parse_name(name, where))
+        if type(path) is not str or path not in paths:
+            paths.add(_inside(path, name, where))
+        if not is_size(offset) or not is_size(length) or not length:
             raise CheckpointError(f"{where}: {name!r} is stored in {path!r} at a byte or length that is none")
-        if path.startswith("/") or ".." in path.split("/"):
-            raise CheckpointError(f"{where}: {name!r} is said to lie in {path!r}, which leaves the folder")
         if value.get("transform_descriptors"):
             raise CheckpointError(
                 f"{where}: {name!r} was compressed or transformed as it was saved, and cannot be read by range: save without extensions"
             )
-        coordinates = None if key.get("offset") is None else _sizes(key["offset"], f"{where}: {name!r}")
+        coordinates = None if key.get("offset") is None else parse_sizes(key["offset"], where)
         chunks.setdefault((name, coordinates), (path, offset, length))
     return chunks
+
+
+def _inside(path: Any, name: str, where: str) -> str:
+    parse_name(path, f"{where}: object of {name!r}")
+    if path.startswith("/") or ".." in path.split("/"):
+        raise CheckpointError(f"{where}: {name!r} is said to lie in {path!r}, which leaves the folder")
+    return str(path)
 
 
 def _require_plausible_size(store: Store, where: str) -> None:
@@ -172,7 +191,7 @@ def _size(store: Store, key: str) -> int | None:
 def _place(key: str, entry: Mapping[str, Any], stored: Mapping[Any, tuple[str, int, int]], where: str) -> TensorPlace:
     where = f"{where}: tensor {key!r}"
     dtype = _dtype(entry.get("properties"), where)
-    shape = _sizes(entry.get("size"), where)
+    shape = parse_sizes(entry.get("size"), where)
     if tensor_bytes(dtype, shape) >= MAX_SIZE:
         raise CheckpointError(f"{where}: {dtype} {list(shape)} is larger than any storage")
     chunks = entry.get("chunks")
@@ -180,8 +199,8 @@ def _place(key: str, entry: Mapping[str, Any], stored: Mapping[Any, tuple[str, i
         raise CheckpointError(f"{where}: no chunks")
     regions: dict[tuple[int, ...], Region] = {}
     for chunk in chunks:
-        fields = _fields(chunk, "ChunkStorageMetadata", where)
-        start, extent = _sizes(fields.get("offsets"), where), _sizes(fields.get("sizes"), where)
+        fields = parse_fields(chunk, "ChunkStorageMetadata", where)
+        start, extent = parse_sizes(fields.get("offsets"), where), parse_sizes(fields.get("sizes"), where)
         if 0 in extent and 0 not in shape:
             continue  # a rank without a share
         if (found := stored.get((key, start))) is None:
@@ -221,43 +240,3 @@ def _without_reshaped(places: dict[str, TensorPlace], mcore_data: Any, where: st
             reshaped.append(key)
             del places[key]
     return reshaped
-
-
-def _is_kind(value: Any, kind: str) -> bool:
-    return isinstance(value, Record) and value.name.name == kind
-
-
-def _fields(record: Any, kind: str, where: str) -> dict[Any, Any]:
-    if not _is_kind(record, kind) or not isinstance(record.state, dict):
-        raise CheckpointError(f"{where}: expected {kind}, got {type(record).__name__}")
-    return record.state
-
-
-def _mapping(value: Any, where: str) -> dict[Any, Any]:
-    if _is_kind(value, "OrderedDict"):
-        pairs = value.items or []
-        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-            raise CheckpointError(f"{where}: an OrderedDict of other items than named ones")
-        return dict(pairs)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: {type(value).__name__} instead of a dict by name")
-    return value
-
-
-def _name(value: Any, where: str) -> str:
-    """``value`` if it can be a name: messages, headers and URLs will carry it."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
-        raise CheckpointError(f"{where}: a name of {type(value).__name__} that is empty, too long or cannot be printed")
-    return value
-
-
-def _sizes(value: Any, where: str) -> tuple[int, ...]:
-    """The integers of a torch.Size."""
-    numbers = value.args[0] if isinstance(value, Record) and value.name.name == "Size" and value.args else value
-    if not isinstance(numbers, (tuple, list)) or len(numbers) > MAX_DIMENSIONS or not all(map(_is_size, numbers)):
-        raise CheckpointError(f"{where}: {type(value).__name__} is not a shape")
-    return tuple(numbers)
-
-
-def _is_size(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < MAX_SIZE

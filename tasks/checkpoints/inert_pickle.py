@@ -13,34 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tasks.checkpoints.inert_values import Name, PersistentId, Record
+from tasks.checkpoints.inert_values import Name, PersistentId, Record, as_key
 from tasks.checkpoints.safetensors_header import CheckpointError
 
 MAX_INTEGER_BYTES = 16
-MAX_KEY_ITEMS = 64
-"""Of a tuple as a key: each use hashes it anew."""
 
 
 class RefusedPickle(CheckpointError):
     """A pickle names a class outside the allow-list, or is more than plain data; nothing was executed."""
-
-
-def read_pickle(data: bytes, allowed: frozenset[str], where: str) -> Any:
-    """The value that ``data`` describes; classes as :class:`Name`, instances as :class:`Record`.
-
-    Raises :class:`RefusedPickle` naming ``where`` and the byte position for a class outside ``allowed`` (dotted names)
-    and for opcodes that data does not need, :class:`CheckpointError` for damage.
-
-    The value may be a million levels deep, or name one list a million times: never compare, hash or print the whole.
-    """
-    machine = _Machine(data, allowed, where)
-    try:
-        with collector_paused():
-            return machine.run()
-    except (IndexError, ValueError, TypeError, struct.error) as error:
-        raise CheckpointError(
-            f"{where}: damaged pickle at byte {machine.position}: {type(error).__name__}: {error}"
-        ) from None
 
 
 @contextmanager
@@ -53,6 +33,24 @@ def collector_paused() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+@collector_paused()
+def read_pickle(data: bytes, allowed: frozenset[str], where: str) -> Any:
+    """The value that ``data`` describes; classes as :class:`Name`, instances as :class:`Record`.
+
+    Raises :class:`RefusedPickle` naming ``where`` and the byte position for a class outside ``allowed`` (dotted names)
+    and for opcodes that data does not need, :class:`CheckpointError` for damage.
+
+    The value may be a million levels deep, or name one list a million times: never compare, hash or print the whole.
+    """
+    machine = _Machine(data, allowed, where)
+    try:
+        return machine.run()
+    except (IndexError, ValueError, TypeError, struct.error) as error:
+        raise CheckpointError(
+            f"{where}: damaged pickle at byte {machine.position}: {type(error).__name__}: {error}"
+        ) from None
 
 
 _INT4, _SIZE4, _SIZE8, _FLOAT8 = (struct.Struct(code) for code in ("<i", "<I", "<Q", ">d"))
@@ -178,21 +176,9 @@ class _Machine:
         if isinstance(target, Record):
             self.extend(list(zip(flat[::2], flat[1::2], strict=True)))
         elif isinstance(target, dict):
-            target.update(zip(map(_key, flat[::2]), flat[1::2], strict=True))
+            target.update(zip(map(as_key, flat[::2]), flat[1::2], strict=True))
         else:
             raise TypeError(f"items for {type(target).__name__}")
-
-
-_PLAIN_KEYS = frozenset({str, int, float, bool, bytes, type(None), Record, Name})
-
-
-def _key(value: Any) -> Any:
-    """``value`` if it may be a key: hashing a tuple of a million levels would overflow the C stack, of a million items take long."""
-    if type(value) in _PLAIN_KEYS:
-        return value
-    if type(value) is tuple and len(value) <= MAX_KEY_ITEMS and all(type(item) in _PLAIN_KEYS for item in value):
-        return value
-    raise TypeError(f"{type(value).__name__} as a key")
 
 
 def _instance(name: Any, args: Any) -> Record:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+MAX_KEY_ITEMS = 64
+"""Of a tuple as a key: each use hashes it anew."""
+
 
 @dataclass(frozen=True, slots=True)
 class Name:
@@ -36,3 +39,18 @@ class PersistentId:
 
     value: Any
     """What the pickle says of it."""
+
+
+_PLAIN_KEYS = frozenset({str, int, float, bool, bytes, type(None), Record, Name})
+
+
+def as_key(value: Any) -> Any:
+    """``value`` if it may be a key, else TypeError.
+
+    Hashing a tuple of a million levels would overflow the C stack, one of a million items again and again take for ever.
+    """
+    if type(value) in _PLAIN_KEYS:
+        return value
+    if type(value) is tuple and len(value) <= MAX_KEY_ITEMS and all(type(item) in _PLAIN_KEYS for item in value):
+        return value
+    raise TypeError(f"{type(value).__name__} as a key")

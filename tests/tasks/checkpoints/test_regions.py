@@ -242,6 +242,14 @@ def test_require_tiling_overlap_that_hides_a_gap_names_both_regions() -> None:
         require_tiling(place_of((4, 3), regions), "here")
 
 
+@pytest.mark.parametrize("columns", [(2, 0), (0, 2), (1, 1)])
+def test_require_tiling_overlap_beside_each_other_refused_from_either_side(columns: tuple[int, int]) -> None:
+    # 15 elements, as many as the tensor has; the later region begins in a column before or after that of the other.
+    regions = [box((0, columns[0]), 2, 3), box((1, columns[1]), 2, 3), box((2, 4), 1, 1), box((0, 0), 1, 2)]
+    with pytest.raises(CheckpointError, match="overlaps"):
+        require_tiling(place_of((3, 5), ordered(regions)), "here")
+
+
 def test_require_tiling_same_region_twice_for_another_refused() -> None:
     regions = [box((0, 0), 2, 3), box((0, 0), 2, 3)]
     with pytest.raises(CheckpointError, match="overlaps"):
