@@ -60,8 +60,7 @@ class _Machine:
     """The stack machine of the pickle format, less everything that calls."""
 
     def __init__(self, data: bytes, allowed: frozenset[str], where: str) -> None:
-        self.data, self.allowed, self.where = data, allowed, where
-        self.position = 0
+        self.data, self.allowed, self.where, self.position = data, allowed, where, 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
         # Picklers number the memo from 0 upwards, so that a list will do, and no index can make it large.
@@ -70,8 +69,7 @@ class _Machine:
 
     def run(self) -> Any:
         """The most frequent opcodes are handled here, in order of frequency, the others by the table."""
-        data, stack, memo, marks = self.data, self.stack, self.memo, self.marks
-        position = 0
+        data, stack, memo, marks, position = self.data, self.stack, self.memo, self.marks, 0
         try:
             while True:
                 code = data[position]
@@ -97,14 +95,18 @@ class _Machine:
                 elif code == 0x7D:  # EMPTY_DICT
                     stack.append({})
                 elif code == 0x2E:  # STOP
-                    (value,) = stack
-                    return value
+                    return self.only_value()
                 else:
                     self.position = position
                     _HANDLERS[code](self)
                     position = self.position
         finally:
             self.position = position
+
+    def only_value(self) -> Any:
+        if self.marks or len(self.stack) != 1:
+            raise ValueError(f"{len(self.stack)} values and {len(self.marks)} marks at the end")
+        return self.stack[0]
 
     def take(self, count: int) -> bytes:
         """The next ``count`` bytes, which must be there."""
@@ -122,8 +124,7 @@ class _Machine:
         return layout.unpack(self.take(layout.size))[0]
 
     def line(self) -> str:
-        end = self.data.index(b"\n", self.position)
-        return self.take(end + 1 - self.position)[:-1].decode("utf-8")
+        return self.take(self.data.index(b"\n", self.position) + 1 - self.position)[:-1].decode()
 
     def integer(self, count: int) -> None:
         if not 0 <= count <= MAX_INTEGER_BYTES:
@@ -194,6 +195,11 @@ def _call_with_keywords(m: _Machine) -> None:
     m.stack.append(_instance(m.stack.pop(), args))
 
 
+def _frame(m: _Machine) -> None:
+    if m.number(_SIZE8) > len(m.data) - m.position:
+        raise ValueError("a frame longer than the file")
+
+
 def _protocol(m: _Machine) -> None:
     if not 2 <= (version := m.byte()) <= 5:
         raise ValueError(f"pickle protocol {version}")
@@ -238,7 +244,7 @@ _TABLE: dict[bytes, Callable[[_Machine], object]] = {
     b"\x92": _call_with_keywords,
     b"b": _Machine.build,
     b"Q": lambda m: m.stack.append(PersistentId(m.stack.pop())),
-    b"\x95": lambda m: m.take(8),
+    b"\x95": _frame,
     b"\x80": _protocol,
 }
 _HANDLERS = [_TABLE.get(bytes([code]), _refused) for code in range(256)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 
@@ -83,8 +84,13 @@ def _open_adopted_dcp(store: Store, manifest: Manifest, manifest_digest: str) ->
 
 def place_of(key: str, entry: TensorEntry) -> TensorPlace:
     """Place of a tensor that lies whole in the safetensors object ``key``."""
-    region = Region(key=key, offset=entry.offset, start=(0,) * len(entry.shape), shape=entry.shape)
+    region = Region(key=key, offset=entry.offset, start=_origin(len(entry.shape)), shape=entry.shape)
     return TensorPlace(dtype=entry.dtype, shape=entry.shape, regions=(region,), digest=entry.digest)
+
+
+@functools.cache
+def _origin(dimensions: int) -> tuple[int, ...]:
+    return (0,) * dimensions
 
 
 def open_plain(store: Store) -> Checkpoint:

@@ -6,8 +6,10 @@ header costs little.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +151,14 @@ def _parse_entry(url: str, name: str, item: Any, data_start: int) -> TensorEntry
         raise CheckpointError(
             f"{url}: tensor {name!r}: {dtype} {shape} needs {expected} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}"
         )
-    return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), offset=data_start + offsets[0], bytes=expected)
+    # Equal in every input of a merge, and kept once.
+    name, dtype, shape = sys.intern(name), sys.intern(dtype), _kept_once(tuple(shape))
+    return TensorEntry(name=name, dtype=dtype, shape=shape, offset=data_start + offsets[0], bytes=expected)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _kept_once(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape
 
 
 def _are_sizes(values: Any) -> bool:

@@ -137,6 +137,8 @@ def _sizes(values: tuple[Any, ...]) -> str:
 def _is_row_major(shape: tuple[int, ...], strides: tuple[Any, ...]) -> bool:
     if len(strides) != len(shape):
         return False
+    if 0 in shape:
+        return True
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size > 1 and stride != expected:
