@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,12 @@ def _rank(world_size: int, scratch: str, rank: int) -> None:
     for job in torch.load(Path(scratch) / "jobs.pt"):
         state = _fsdp2_state(job["tensors"], mesh) if job["kind"] == "fsdp2" else _sharded_state(job, mesh)
         dcp.save({"model": state} if job["kind"] == "sharded" else state, checkpoint_id=job["folder"])
-    dist.destroy_process_group()
+    # A rank that ends while another still listens to it makes gloo abort the other: meet once more, without gloo, and
+    # leave without taking the group down.
+    (Path(scratch) / f"done-{rank}").touch()
+    while not all((Path(scratch) / f"done-{other}").exists() for other in range(world_size)):
+        time.sleep(0.05)
+    os._exit(0)
 
 
 def _sharded_state(payload: dict[str, Any], mesh: Any) -> dict[str, Any]:
