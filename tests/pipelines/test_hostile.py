@@ -9,7 +9,6 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,23 +186,22 @@ def test_hostile_input_is_refused_by_name_and_costs_little(tmp_path: Path, damag
     bad, output = tmp_path / "bad", tmp_path / "out"
     expected = damage(bad)
     command = [sys.executable, "-m", "pipelines", "merge", "--json", "--output", str(output), "--inputs"]
-    before = time.perf_counter()
-    code, answer, peak_bytes = run([*command, str(good(tmp_path / "good")), str(bad)], tmp_path / "stdout")
+    code, answer, usage = run([*command, str(good(tmp_path / "good")), str(bad)], tmp_path / "stdout")
     assert code in (1, 2)
     assert str(bad) in answer["message"]
     assert expected in answer["message"]
     assert "Traceback" not in answer["message"]
     assert not (output / "manifest.json").exists()
     assert not (bad / "executed").exists()
-    assert peak_bytes < MAX_BYTES
-    assert time.perf_counter() - before < MAX_SECONDS
+    assert usage.ru_maxrss * 1024 < MAX_BYTES
+    # Processor time: a busy machine is not the header's fault.
+    assert usage.ru_utime + usage.ru_stime < MAX_SECONDS
 
 
-def run(command: list[str], stdout: Path) -> tuple[int, dict[str, Any], int]:
-    """Exit code, JSON answer and peak resident bytes of a command."""
+def run(command: list[str], stdout: Path) -> tuple[int, dict[str, Any], resource.struct_rusage]:
+    """Exit code, JSON answer and cost of a command."""
     with stdout.open("wb") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    assert isinstance(usage, resource.struct_rusage)
-    return process.returncode, json.loads(stdout.read_text()), usage.ru_maxrss * 1024
+    return process.returncode, json.loads(stdout.read_text()), usage
