@@ -11,7 +11,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from tests.gloo_ranks import leave_together
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -108,12 +109,7 @@ def _rank(world_size: int, scratch: str, rank: int) -> None:
     for job in torch.load(Path(scratch) / "jobs.pt"):
         state = _fsdp2_state(job["tensors"], mesh) if job["kind"] == "fsdp2" else _sharded_state(job, mesh)
         dcp.save({"model": state} if job["kind"] == "sharded" else state, checkpoint_id=job["folder"])
-    # A rank that ends while another still listens to it makes gloo abort the other: meet once more, without gloo, and
-    # leave without taking the group down.
-    (Path(scratch) / f"done-{rank}").touch()
-    while not all((Path(scratch) / f"done-{other}").exists() for other in range(world_size)):
-        time.sleep(0.05)
-    os._exit(0)
+    leave_together(f"{scratch}/meet", rank, world_size)
 
 
 def _sharded_state(payload: dict[str, Any], mesh: Any) -> dict[str, Any]:

@@ -24,12 +24,13 @@ from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
 GANG_MEMBER = """
 import json, sys
 import torch, torch.distributed as dist
+from tests.gloo_ranks import leave_together
 from tasks.training.worker import SegmentTask, train_segment
 torch.set_num_threads(1)
 rank, world, store, task = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 train_segment(SegmentTask(**task))
-dist.destroy_process_group()
+leave_together(store, rank, world)
 """
 # Sums over ranks are taken in another order: float32 noise that six steps of AdamW amplify.
 WORLD_SIZE_TOLERANCE = 2e-4
