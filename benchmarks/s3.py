@@ -93,8 +93,8 @@ def read_all(urls: Sequence[str]) -> None:
 def merge(urls: Sequence[str], output: str) -> None:
     """The simple average of all inputs."""
     plan = plan_merge([open_checkpoint(url) for url in urls], MethodChoice(method="sma"), output_url=output)
-    with task_runner("local", plan.inputs, [output]) as run_tasks:
-        execute_merge(plan, run_tasks, lambda: None)
+    with task_runner("local", [output, *urls]) as run_tasks:
+        execute_merge(plan, lambda function, tasks: run_tasks(function, tasks, lambda: False), lambda: None)
 
 
 if __name__ == "__main__":

@@ -14,26 +14,42 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 PR_SET_PDEATHSIG = 1
+POLL_SECONDS = 0.5
+"""Between two looks at whether to go on."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def fan_out_local(function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int) -> Iterator[Result]:
-    """Run on ``num_workers`` threads of this process, in order of completion; the first error cancels what waits."""
+def fan_out_local(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    num_workers: int,
+    should_cancel: Callable[[], bool] = lambda: False,
+) -> Iterator[Result]:
+    """Run on ``num_workers`` threads of this process, in order of completion; the first error cancels what waits.
+
+    ``should_cancel`` is asked between results; then what has not begun is cancelled and
+    :class:`concurrent.futures.CancelledError` is raised once what has begun has ended.
+    """
     with concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="fan-out") as pool:
-        yield from _as_completed([pool.submit(function, item) for item in items])
+        yield from _as_completed([pool.submit(function, item) for item in items], should_cancel)
 
 
 def fan_out_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], *, num_workers: int
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    num_workers: int,
+    should_cancel: Callable[[], bool] = lambda: False,
 ) -> Iterator[Result]:
-    """Run on ``num_workers`` fresh processes of this machine, in order of completion; the first error cancels what waits.
+    """Run on ``num_workers`` fresh processes of this machine, otherwise as :func:`fan_out_local`.
 
     ``function`` and items are pickled between our own processes.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
-        yield from _as_completed([pool.submit(function, item) for item in items])
+        yield from _as_completed([pool.submit(function, item) for item in items], should_cancel)
 
 
 def fan_out_ray(
@@ -61,7 +77,7 @@ def fan_out_ray(
             while waiting and len(running) < num_in_flight:
                 item = waiting.pop(0)
                 running.append(remote.options(memory=memory_bytes(item) or None).remote(function, item))
-            done, running = ray.wait(running, num_returns=1, timeout=0.5)
+            done, running = ray.wait(running, num_returns=1, timeout=POLL_SECONDS)
             for reference in done:
                 yield ray.get(reference)
             if should_cancel():
@@ -79,10 +95,19 @@ def _die_with_parent() -> None:
         os._exit(1)  # it ended before the kernel was asked
 
 
-def _as_completed(futures: list[concurrent.futures.Future[Result]]) -> Iterator[Result]:
+def _as_completed(
+    futures: list[concurrent.futures.Future[Result]], should_cancel: Callable[[], bool]
+) -> Iterator[Result]:
+    pending = set(futures)
     try:
-        for future in concurrent.futures.as_completed(futures):
-            yield future.result()
+        while pending:
+            done, pending = concurrent.futures.wait(
+                pending, timeout=POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                yield future.result()
+            if should_cancel():
+                raise concurrent.futures.CancelledError
     finally:
         for future in futures:
             future.cancel()

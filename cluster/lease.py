@@ -47,6 +47,8 @@ class LeaseRecord:
     """Unix seconds after which anyone may take over."""
     released: bool = False
     """Set by the holder when it is done."""
+    pins: tuple[str, ...] = ()
+    """Folders below the run that retention must leave alone while this is in force."""
 
     def encode(self) -> bytes:
         """Canonical JSON, the unit of compare-and-swap."""
@@ -60,13 +62,18 @@ def lease_key(name: str) -> str:
 
 @contextmanager
 def hold_lease(
-    store: Store, name: str, *, clock: Callable[[], float] = time.time, on_lost: Callable[[], None] = lambda: None
+    store: Store,
+    name: str,
+    *,
+    clock: Callable[[], float] = time.time,
+    on_lost: Callable[[], None] = lambda: None,
+    pins: tuple[str, ...] = (),
 ) -> Iterator[Lease]:
     """Hold the lease ``name`` for the length of the block; :class:`LeaseHeld` if another driver has it.
 
     ``on_lost`` runs in the renewal thread once another driver has taken over.
     """
-    lease = Lease(store, name, clock)
+    lease = Lease(store, name, clock, pins)
     lease.acquire()
     stop = threading.Event()
     renewal = threading.Thread(target=lease.renew_until, args=(stop, on_lost), daemon=True, name=f"lease-{name}")
@@ -82,11 +89,15 @@ def hold_lease(
 class Lease:
     """One incarnation's claim on a name."""
 
-    def __init__(self, store: Store, name: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, store: Store, name: str, clock: Callable[[], float] = time.time, pins: tuple[str, ...] = ()
+    ) -> None:
         self.store = store
         self.name = name
         self.clock = clock
+        self.pins = pins
         self.token = secrets.token_hex(8)
+        self._lost = threading.Event()
         self._held: bytes | None = None
 
     def acquire(self) -> None:
@@ -106,7 +117,9 @@ class Lease:
         self._held = mine
 
     def renew(self) -> None:
-        """Push the expiry out; :class:`LeaseLost` if someone took over."""
+        """Push the expiry out; :class:`LeaseLost` if someone took over, or if what has pins expired: they count no more."""
+        if self.pins and self._held is not None and self.clock() >= read_record(self._held).expires_at:
+            raise LeaseLost(f"the pins of {self.name!r} on {self.store.url} expired before they were renewed")
         mine = self._record().encode()
         if self._held is None or not self.store.replace(lease_key(self.name), mine, self._held):
             raise LeaseLost(f"lease {self.name!r} of {self.store.url} was taken over by another driver")
@@ -114,7 +127,13 @@ class Lease:
 
     def check(self) -> None:
         """Fail closed: :class:`LeaseLost` unless the stored token is ours and unexpired."""
-        check_token(self.store, self.name, self.token, self.clock())
+        current = read_record(self.store.read(lease_key(self.name)))
+        # The clock after the read: an answer that took longer than the lease lasts says nothing about now.
+        _require_in_force(self.store, self.name, current, self.token, self.clock())
+
+    def is_lost(self) -> bool:
+        """Whether the renewal thread found that another driver took over, or could not renew until the expiry: stop working."""
+        return self._lost.is_set()
 
     def release(self) -> None:
         """Give the lease back; a lost one is left alone."""
@@ -131,12 +150,14 @@ class Lease:
                 self.renew()
                 renewed_at = self.clock()
             except LeaseLost:
-                on_lost()
-                return
+                break
             except StorageError:
                 if self.clock() - renewed_at > EXPIRY_SECONDS:
-                    on_lost()
-                    return
+                    break
+        else:
+            return
+        self._lost.set()
+        on_lost()
 
     def _record(self, *, released: bool = False) -> LeaseRecord:
         process = psutil.Process()
@@ -148,6 +169,7 @@ class Lease:
             process_started=process.create_time(),
             expires_at=self.clock() + EXPIRY_SECONDS,
             released=released,
+            pins=self.pins,
         )
 
     def _describe(self, held: LeaseRecord) -> str:
@@ -160,7 +182,10 @@ class Lease:
 
 def check_token(store: Store, name: str, token: str, now: float) -> None:
     """Raise :class:`LeaseLost` unless the lease ``name`` still carries ``token`` and has not expired at ``now``."""
-    current = read_record(store.read(lease_key(name)))
+    _require_in_force(store, name, read_record(store.read(lease_key(name))), token, now)
+
+
+def _require_in_force(store: Store, name: str, current: LeaseRecord, token: str, now: float) -> None:
     if current.token != token or current.released:
         raise LeaseLost(f"lease {name!r} of {store.url} now belongs to {current.owner}; nothing was published")
     if now >= current.expires_at:

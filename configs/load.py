@@ -64,6 +64,35 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         raise ConfigError(_explain(error, "stored configuration")) from error
 
 
+def override(config: Config, overrides: tuple[str, ...]) -> Config:
+    """``config`` with ``key=value`` overrides, checked as :func:`load_config` checks them."""
+    values = _parse_overrides(overrides)
+    for key, value in _leaves(values):
+        _require_known(key, value, COMMAND_LINE)
+        _require_literal(key, value, COMMAND_LINE)
+    try:
+        stored = OmegaConf.merge(OmegaConf.structured(Config), config_to_dict(config))
+        return _to_config(OmegaConf.merge(stored, OmegaConf.create(values)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, COMMAND_LINE)) from error
+
+
+def override_execution(config: Config, overrides: tuple[str, ...]) -> Config:
+    """A run's stored configuration with ``key=value`` overrides of how it is carried out.
+
+    Raises :class:`ConfigError` for a key that decides the run's bytes: that would be another run.
+    """
+    changed = override(config, overrides)
+    old, new = identity_of(config), identity_of(changed)
+    if fixed := [key for key in new if new[key] != old.get(key)]:
+        raise ConfigError(
+            f"{fixed[0]}={new[fixed[0]]!r} differs from the run's {old.get(fixed[0])!r}: it decides what the run is; "
+            "here only keys that say how it is carried out can be given, such as merge.schedule, retention.keep_last "
+            "or tracking.uri"
+        )
+    return changed
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict of every field, for JSON and YAML."""
     values = dataclasses.asdict(config)

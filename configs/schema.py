@@ -12,6 +12,7 @@ from configs.sections import (
     MergeConfig,
     ModelConfig,
     OptimizerConfig,
+    RetentionConfig,
     ScheduleConfig,
     SnapshotConfig,
     TrackingConfig,
@@ -45,6 +46,8 @@ class Config:
     """When checkpoints are published."""
     merge: MergeConfig = field(default_factory=MergeConfig)
     """Merges on schedule."""
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    """What `pma gc` may remove."""
     anneal: AnnealConfig = field(default_factory=AnnealConfig)
     """Annealing branch."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -99,6 +102,13 @@ class Config:
             interval,
             f"a multiple of snapshots.interval_tokens={self.snapshots.interval_tokens}",
         )
+        for number, row in enumerate(self.merge.schedule):
+            require(
+                (row.interval_tokens or 0) % self.snapshots.interval_tokens == 0,
+                f"merge.schedule[{number}].interval_tokens",
+                row.interval_tokens,
+                f"a multiple of snapshots.interval_tokens={self.snapshots.interval_tokens}, or null",
+            )
         require(
             self.evaluation.slice_tokens % self.training.sequence_length == 0,
             "evaluation.slice_tokens",

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.schema import Config
-from pipelines.beside import Beside, unevaluated
+from pipelines.beside import Beside
 from pipelines.pretrain import (
     hold_run,
     is_trained,
@@ -18,6 +18,7 @@ from pipelines.pretrain import (
     train_to_end,
     working_session,
 )
+from pipelines.scheduled import unevaluated
 from pipelines.timing import timed
 from pipelines.tracking import TrackingThread
 from tasks.checkpoints.run_folder import RunFolder
@@ -39,7 +40,7 @@ def anneal(run_url: str, from_step: int, *, tokens: int | None = None) -> dict[s
     branch.begin(config, start)
     with hold_run(branch) as lease, TrackingThread(trunk, trunk_config) as tracking:
         if not is_trained(branch, config) or unevaluated(branch, config):
-            with working_session(branch, config), Beside(branch, config, lease, merges=False) as beside:
+            with working_session(branch, config), Beside(branch, config, merges=False) as beside:
                 train_to_end(branch, config, lease, beside, label=f"annealing from step {from_step:,}")
                 with timed(branch.store, "evaluations after annealing", "evidence"):
                     beside.finish()

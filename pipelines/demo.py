@@ -9,12 +9,13 @@ from typing import Any
 from configs.errors import UserError
 from configs.schema import Config
 from pipelines.anneal import anneal, branch_name
-from pipelines.beside import evaluate_all, merge_window, scheduled_rule, unevaluated
 from pipelines.forecast import evaluation_of, forecast_at
 from pipelines.pretrain import continue_run, has_work_left, hold_run, prepare_run, working_session
 from pipelines.report.build import write_report
+from pipelines.scheduled import evaluate_all, make_merges, on_ray, unevaluated
 from pipelines.timing import timed
 from tasks.checkpoints.run_folder import RunFolder, Snapshot
+from tasks.merging.schedule import DueMerge, scheduled_rule
 from tasks.merging.selection import WindowRule, select_window
 
 
@@ -68,14 +69,14 @@ def comparison_rules(config: Config) -> list[WindowRule]:
     return list(dict.fromkeys([*rules, base]))
 
 
-def missing_comparisons(run: RunFolder, config: Config) -> list[tuple[WindowRule, list[Snapshot]]]:
+def missing_comparisons(run: RunFolder, config: Config) -> list[DueMerge[Snapshot]]:
     """Merges of the table that can be made at the last step and are not made yet."""
     snapshots, merged = run.snapshots(), run.merged()
     missing = []
     for rule in comparison_rules(config):
-        if snapshots and rule.output_name(snapshots[-1].step) not in merged:
+        if snapshots and (name := rule.output_name(snapshots[-1].step)) not in merged:
             try:
-                missing.append((rule, select_window(snapshots, rule)))
+                missing.append(DueMerge(name=name, rule=rule, window=select_window(snapshots, rule)))
             except UserError:
                 continue
     return missing
@@ -86,9 +87,8 @@ def compare_windows(run: RunFolder, config: Config) -> None:
     missing = missing_comparisons(run, config)
     if not missing and not unevaluated(run, config):
         return
-    with hold_run(run) as lease, timed(run.store, "comparison of N and methods", "evidence"):
-        for rule, window in missing:
-            merge_window(run, config, rule, window, lease, lambda: False)
+    with hold_run(run), timed(run.store, "comparison of N and methods", "evidence"):
+        make_merges(run, config, missing, on_ray(config, lambda: False))
         evaluate_all(run, config, unevaluated(run, config), lambda: False, batch=2)
 
 

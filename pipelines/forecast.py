@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs.schema import Config
-from pipelines.beside import scheduled_rule
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import Evaluation, paired_gain, read_evaluation, suite_of
+from tasks.merging.schedule import scheduled_rule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from cluster.errors import LeaseLost
 from cluster.fan_out import fan_out_local, fan_out_processes, fan_out_ray
 from cluster.lease import Lease, hold_lease, lease_key
 from cluster.session import ray_session
 from cluster.storage import is_shared_with_workers, open_store
 from configs.errors import UserError
 from pipelines.merge_request import Chosen, MergeRequest, build_plans, choose
-from tasks.checkpoints.reader import Checkpoint
 from tasks.merging.merge import MergeReport, execute_merges, find_standing, nothing_done
 from tasks.merging.methods import EVALUATED_METHODS
 from tasks.merging.plan import MergePlan, MergeTask
+
+RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], Callable[[], bool]], Iterable[Any]]
+"""How tasks are fanned out: results as they complete, until the third argument says that the lease is lost."""
 
 
 def merge(request: MergeRequest, *, dry_run: bool = False, moe_report: bool = False) -> dict[str, Any]:
@@ -44,8 +48,15 @@ def carry_out(workers: str, plans: Sequence[MergePlan]) -> list[MergeReport]:
     """Execute ``plans``, which share their tasks, under a lease each."""
     with ExitStack() as stack:
         leases = [stack.enter_context(merge_lease(plan.output_url)) for plan in plans]
-        run_tasks = stack.enter_context(task_runner(workers, plans[0].inputs, [plan.output_url for plan in plans]))
-        return execute_merges(plans, run_tasks, [lease.check for lease in leases])
+        places = [*(plan.output_url for plan in plans), *(checkpoint.store.url for checkpoint in plans[0].inputs)]
+        run_tasks = stack.enter_context(task_runner(workers, places))
+
+        def is_lost() -> bool:
+            return any(lease.is_lost() for lease in leases)
+
+        return execute_merges(
+            plans, lambda function, tasks: run_tasks(function, tasks, is_lost), [lease.check for lease in leases]
+        )
 
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:
@@ -99,11 +110,17 @@ def merge_lease(output_url: str) -> Iterator[Lease]:
     folder, _, name = output_url.rpartition("/")
     in_run = folder.endswith("/merged") and open_store(folder.removesuffix("/merged")).exists("run.json")
     store = open_store(folder.removesuffix("/merged")) if in_run else open_store(output_url)
-    with hold_lease(store, f"merge-{name}" if in_run else "merge") as lease:
-        yield lease
-    if not in_run:
-        # A published output needs no lease any more, and stays a plain Hugging Face folder.
-        store.delete(lease_key("merge"))
+    lease_name = f"merge-{name}" if in_run else "merge"
+    try:
+        with hold_lease(store, lease_name) as lease:
+            yield lease
+    except concurrent.futures.CancelledError:
+        if lease.is_lost():
+            raise LeaseLost(f"another driver took over the merge at {output_url}; nothing was published") from None
+        raise
+    # What is published needs no lease any more: whoever takes it finds the merge standing. A plain Hugging Face folder
+    # stays one, and a run with thousands of merges has few leases to look at.
+    store.delete(lease_key(lease_name))
 
 
 def require_workers(workers: str) -> None:
@@ -113,24 +130,29 @@ def require_workers(workers: str) -> None:
 
 
 @contextmanager
-def task_runner(workers: str, inputs: Sequence[Checkpoint], output_urls: Sequence[str]) -> Iterator[Callable[..., Any]]:
-    """How tasks are carried out: ``ray``, ``local`` (a thread per CPU) or a number of local processes."""
+def task_runner(workers: str, urls: Sequence[str]) -> Iterator[RunTasks]:
+    """How tasks that read and write at ``urls`` are carried out: ``ray``, ``local`` (a thread per CPU) or a number of processes."""
+    stores = [open_store(url) for url in urls]
     if workers == "local":
         # Where reads and commits wait for a network, twice as many tasks keep the processors at work.
-        waits = any(open_store(url).reads_ahead for url in (*output_urls, *(c.store.url for c in inputs)))
+        waits = any(store.reads_ahead for store in stores)
         threads = (os.cpu_count() or 1) * (2 if waits else 1)
-        yield lambda function, tasks: fan_out_local(function, tasks, num_workers=threads)
+        yield lambda function, tasks, is_lost: fan_out_local(
+            function, tasks, num_workers=threads, should_cancel=is_lost
+        )
         return
-    if not all(is_shared_with_workers(open_store(url)) for url in (*output_urls, *(c.store.url for c in inputs))):
+    if not all(is_shared_with_workers(store) for store in stores):
         raise UserError(f"--workers {workers} cannot see memory:// storage; use --workers local")
     if workers == "ray":
         slots = os.cpu_count() or 1
         with ray_session(None, slots):
-            yield lambda function, tasks: fan_out_ray(
-                function, tasks, num_in_flight=4 * slots, memory_bytes=_memory_bytes
+            yield lambda function, tasks, is_lost: fan_out_ray(
+                function, tasks, num_in_flight=4 * slots, memory_bytes=_memory_bytes, should_cancel=is_lost
             )
         return
-    yield lambda function, tasks: fan_out_processes(function, tasks, num_workers=int(workers))
+    yield lambda function, tasks, is_lost: fan_out_processes(
+        function, tasks, num_workers=int(workers), should_cancel=is_lost
+    )
 
 
 def _summary(request: MergeRequest, merges: list[dict[str, Any]]) -> dict[str, Any]:

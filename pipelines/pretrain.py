@@ -18,15 +18,16 @@ from cluster.storage import is_shared_with_workers
 from configs.errors import UserError
 from configs.load import config_to_dict
 from configs.schema import Config
-from pipelines.beside import Beside, scheduled_rule, unevaluated
+from pipelines.beside import Beside
 from pipelines.progress import Progress
+from pipelines.scheduled import unevaluated
 from pipelines.timing import timed
 from pipelines.tracking import TrackingThread
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, StartPoint
 from tasks.data.batches import num_windows
 from tasks.data.corpus import read_corpus
 from tasks.data.held_out import held_out_slices
-from tasks.merging.selection import due_windows
+from tasks.merging.schedule import due_merges, schedule_of, scheduled_rule
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def continue_run(run: RunFolder, config: Config) -> None:
     """Do what the run still lacks: training, merges, evaluations, tracking."""
     with hold_run(run) as lease, TrackingThread(run, config) as tracking:
         if has_work_left(run, config):
-            with working_session(run, config), Beside(run, config, lease) as beside:
+            with working_session(run, config), Beside(run, config) as beside:
                 train_to_end(run, config, lease, beside, label=config.name)
                 with timed(run.store, "merges and evaluations after training", "evidence"):
                     beside.finish()
@@ -127,7 +128,7 @@ def is_trained(run: RunFolder, config: Config) -> bool:
 
 def has_work_left(run: RunFolder, config: Config) -> bool:
     """Whether training, a merge or an evaluation is due."""
-    due = due_windows(run.snapshots(), scheduled_rule(config), set(run.merged()))
+    due = due_merges(run.snapshots(), schedule_of(config), run.merged())
     return not is_trained(run, config) or bool(due) or bool(unevaluated(run, config))
 
 

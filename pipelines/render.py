@@ -139,3 +139,17 @@ def render_config(result: dict[str, Any]) -> str:
     listed = rows(result["config"], "")
     width = max(len(f"{key}={value}") for key, value in listed if len(value) < 40)
     return "\n".join(f"{f'{key}={value}':<{width}}  # {result['origins'][key]}" for key, value in listed)
+
+
+def render_tick(result: dict[str, Any]) -> str:
+    """What a tick did, a line each."""
+    lines = [f"adopted step {row['step']:,} from {row['source']}" for row in result["adopted"]]
+    lines += [f"waiting for {row['url']}: {row['reason']}" for row in result["waiting"]]
+    lines += [f"merged {url}" for url in result["merged"]]
+    lines += [f"evaluated {url}" for url in result["evaluated"]]
+    return "\n".join(lines + ([result["skipped"]] if result["skipped"] else []))
+
+
+def render_watch(result: dict[str, Any]) -> str:
+    """What all rounds of a watch made."""
+    return f"{len(result['merged'])} merges made in {result['rounds']} rounds on {result['run']}"

@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 from cluster.lease import held_leases
-from pipelines.beside import scheduled_rule
 from pipelines.tracking import bring_up_to_date, open_forwarder
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
 from tasks.evaluation.held_out import read_evaluation, suite_of
+from tasks.merging.schedule import scheduled_rule
 from tasks.merging.selection import due_windows
 
 

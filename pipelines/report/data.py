@@ -7,11 +7,11 @@ from typing import Any
 
 from cluster.journal import Measurement, read_events, read_journal
 from configs.schema import Config
-from pipelines.beside import scheduled_rule
 from pipelines.timing import stage_seconds
 from tasks.checkpoints.manifest import Manifest
 from tasks.checkpoints.run_folder import RunFolder, RunIdentity
 from tasks.evaluation.held_out import Evaluation, read_evaluation, suite_of
+from tasks.merging.schedule import scheduled_rule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,26 @@ class Snapshot:
     manifest: Manifest
     """What it holds."""
 
+    @property
+    def digest(self) -> str:
+        """Content digest of the model part."""
+        return self.manifest.digest
+
+    @property
+    def tokens_seen(self) -> int | None:
+        """Tokens seen up to ``step``."""
+        return self.manifest.tokens_seen
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every step since the snapshot before was finite."""
+        return self.manifest.healthy
+
+    @property
+    def phase(self) -> str | None:
+        """Phase of the learning-rate schedule."""
+        return self.manifest.phase
+
 
 class RunFolder:
     """Reads of one run URL; the only writes are identity and segments."""

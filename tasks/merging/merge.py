@@ -37,6 +37,8 @@ class MergeReport:
     """Largest worker; 0 if no work was needed."""
     tasks_reused: int
     """Shards of an earlier attempt that were kept."""
+    is_new: bool = True
+    """Whether this invocation published it; False if it stood already."""
 
 
 def find_standing(plan: MergePlan) -> Manifest | None:
@@ -111,7 +113,13 @@ def _report(manifest: Manifest, receipts: Sequence[Receipt], seconds: float) -> 
 def nothing_done(standing: Manifest) -> MergeReport:
     """Report of an invocation that found its merge published already."""
     return MergeReport(
-        manifest=standing, bytes_read=0, bytes_written=0, seconds=0.0, peak_memory_bytes=0, tasks_reused=0
+        manifest=standing,
+        bytes_read=0,
+        bytes_written=0,
+        seconds=0.0,
+        peak_memory_bytes=0,
+        tasks_reused=0,
+        is_new=False,
     )
 
 

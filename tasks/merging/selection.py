@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from configs.errors import UserError
-from tasks.checkpoints.manifest import Manifest
-from tasks.checkpoints.run_folder import Snapshot
 
 BORDERS = ("phase", "spike", "fork")
 """What a window crosses only if asked: phases of the schedule, a non-finite step, the start of a branch."""
 MIN_COUNT = 2
 """Snapshots that make a merge."""
+
+
+class Place(Protocol):
+    """Where in a run something lies."""
+
+    @property
+    def step(self) -> int | None:
+        """Completed optimizer steps."""
+
+    @property
+    def tokens_seen(self) -> int | None:
+        """Tokens seen up to it."""
+
+
+class Choosable(Place, Protocol):
+    """What choosing a window asks of a snapshot."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every step since the one before was finite."""
+
+    @property
+    def phase(self) -> str | None:
+        """Phase of the schedule."""
+
+
+Placed = TypeVar("Placed", bound=Choosable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +68,7 @@ class WindowRule:
         fits = 1 + int(self.max_span_fraction * tokens_seen) // self.interval_tokens
         return dataclasses.replace(self, count=max(1, min(self.count, fits)))
 
-    def name_at(self, end: Manifest) -> str:
+    def name_at(self, end: Place) -> str:
         """Name of the merged checkpoint that ends where ``end`` does; one name per rule and step."""
         assert end.step is not None
         return self.shortened(end.tokens_seen or 0).output_name(end.step)
@@ -54,8 +80,8 @@ class WindowRule:
 
 
 def select_window(
-    snapshots: Sequence[Snapshot], rule: WindowRule, end_step: int | None = None, across: Collection[str] = ()
-) -> list[Snapshot]:
+    snapshots: Sequence[Placed], rule: WindowRule, end_step: int | None = None, across: Collection[str] = ()
+) -> list[Placed]:
     """The ``rule.count`` snapshots at ``rule.interval_tokens`` that end at ``end_step`` (default: the newest), oldest first.
 
     Raises :class:`configs.errors.UserError`, naming the snapshots that exist, if one is missing; or, unless ``across`` holds
@@ -65,62 +91,71 @@ def select_window(
         raise UserError("the run has no committed snapshots yet")
     if rule.count < 1:
         raise UserError(f"a window needs at least one snapshot, got a count of {rule.count}")
-    by_tokens = {snapshot.manifest.tokens_seen: snapshot for snapshot in snapshots}
     end = snapshots[-1] if end_step is None else next((s for s in snapshots if s.step == end_step), None)
     if end is None:
         raise UserError(f"no snapshot at step {end_step}; there are {describe_steps(snapshots)}")
-    assert end.manifest.tokens_seen is not None
-    wanted = [end.manifest.tokens_seen - i * rule.interval_tokens for i in reversed(range(rule.count))]
-    if wanted[0] <= 0:
-        fits = (end.manifest.tokens_seen - 1) // rule.interval_tokens + 1
+    assert end.tokens_seen is not None
+    if end.tokens_seen <= (rule.count - 1) * rule.interval_tokens:
+        fits = (end.tokens_seen - 1) // rule.interval_tokens + 1
         raise UserError(
             f"a window of {rule.count} snapshots every {rule.interval_tokens} tokens does not fit before step {end.step} "
-            f"({end.manifest.tokens_seen} tokens): at most {fits} do; there are {describe_steps(snapshots)}"
+            f"({end.tokens_seen} tokens): at most {fits} do; there are {describe_steps(snapshots)}"
         )
-    missing = [tokens for tokens in wanted if tokens not in by_tokens]
+    found = _window({snapshot.tokens_seen: snapshot for snapshot in snapshots}, rule, end)
+    window = [snapshot for snapshot in found.values() if snapshot is not None]
+    missing = [tokens for tokens, snapshot in found.items() if snapshot is None]
     if missing:
         raise UserError(
             f"a window of {rule.count} snapshots every {rule.interval_tokens} tokens that ends at step {end.step} needs "
             f"snapshots at {', '.join(map(str, missing[:5]))} tokens, which do not exist; there are "
             f"{describe_steps(snapshots)}. Choose a smaller --count or an --interval-tokens that fits their spacing"
         )
-    window = [by_tokens[tokens] for tokens in wanted]
-    _require_one_trajectory(window, across)
+    if problem := _border_crossed(window, across):
+        raise UserError(problem)
     return window
 
 
-def due_windows(snapshots: Sequence[Snapshot], rule: WindowRule, done: set[str]) -> list[list[Snapshot]]:
+def due_windows(snapshots: Sequence[Placed], rule: WindowRule, done: Collection[str]) -> list[list[Placed]]:
     """Windows of ``rule`` that are complete and not merged yet (``done`` holds output names), oldest first."""
+    by_tokens = {snapshot.tokens_seen: snapshot for snapshot in snapshots}
     due = []
-    for snapshot in snapshots:
-        fitting = rule.shortened(snapshot.manifest.tokens_seen or 0)
-        if fitting.count < MIN_COUNT or fitting.output_name(snapshot.step) in done:
+    for end in snapshots:
+        fitting = rule.shortened(end.tokens_seen or 0)
+        fits = (end.tokens_seen or 0) > (fitting.count - 1) * fitting.interval_tokens
+        if fitting.count < MIN_COUNT or not fits or fitting.output_name(end.step or 0) in done:
             continue
-        try:
-            due.append(select_window(snapshots, fitting, snapshot.step))
-        except UserError:
-            continue
+        window = [snapshot for snapshot in _window(by_tokens, fitting, end).values() if snapshot is not None]
+        if len(window) == fitting.count and _border_crossed(window, ()) is None:
+            due.append(window)
     return due
 
 
-def describe_steps(snapshots: Sequence[Snapshot]) -> str:
+def _window(by_tokens: Mapping[int | None, Placed], rule: WindowRule, end: Placed) -> dict[int, Placed | None]:
+    """What lies at each place of the window that ends at ``end``, by tokens, oldest first."""
+    newest = end.tokens_seen or 0
+    places = [newest - i * rule.interval_tokens for i in reversed(range(rule.count))]
+    return {tokens: by_tokens.get(tokens) for tokens in places}
+
+
+def describe_steps(snapshots: Sequence[Place]) -> str:
     """``N snapshots: steps a, b, ... z`` for messages."""
     steps = [str(snapshot.step) for snapshot in snapshots]
     shown = steps if len(steps) <= 12 else [*steps[:5], "...", *steps[-5:]]
     return f"{len(steps)} snapshots: steps {', '.join(shown)}"
 
 
-def _require_one_trajectory(window: Sequence[Snapshot], across: Collection[str]) -> None:
-    sick = [str(s.step) for s in window if not s.manifest.healthy]
+def _border_crossed(window: Sequence[Choosable], across: Collection[str]) -> str | None:
+    """What keeps the snapshots of ``window`` from being one stretch of training, and what to do."""
+    sick = [str(s.step) for s in window if not s.healthy]
     if sick and "spike" not in across:
-        raise UserError(
+        return (
             f"snapshots at steps {', '.join(sick)} follow steps with a non-finite loss or gradient; "
             "choose an --end or a --count that leaves them out, or say --across spike"
         )
-    phases = {s.manifest.phase for s in window}
-    if len(phases) > 1 and "phase" not in across:
-        rows = ", ".join(f"{s.step} ({s.manifest.phase})" for s in window)
-        raise UserError(
+    if len({s.phase for s in window}) > 1 and "phase" not in across:
+        rows = ", ".join(f"{s.step} ({s.phase})" for s in window)
+        return (
             f"the window crosses phases of the schedule: steps {rows}; choose an --end or a --count within one phase, "
             "or say --across phase"
         )
+    return None

@@ -1,0 +1,39 @@
+"""Commands that look at and look after a run: status, report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pipelines.commands.options import common
+from pipelines.console import run_command
+from pipelines.render import render_status
+
+
+@click.command()
+@click.option("--run", "run_url", required=True, metavar="URL", help="Run folder.")
+@common
+def status(run_url: str, as_json: bool, debug: bool) -> int:
+    """Snapshots, merges done and due, segments, leases, tracking lag: from the run folder alone."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.status import status as story
+
+        return story(run_url)
+
+    return run_command(work, render_status, as_json=as_json, debug=debug)
+
+
+@click.command()
+@click.option("--run", "run_url", required=True, metavar="URL", help="Run folder.")
+@common
+def report(run_url: str, as_json: bool, debug: bool) -> int:
+    """Write the self-contained report.html of a run."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.report.build import write_report
+
+        return {"run": run_url, "report": write_report(run_url)}
+
+    return run_command(work, lambda result: str(result["report"]), as_json=as_json, debug=debug)

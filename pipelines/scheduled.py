@@ -1,0 +1,132 @@
+"""What a run's schedule asks for, done: merges whose windows are complete, and evaluations of what was committed.
+
+Each merge is made under a lease of its own, so that the driver that trains, ticks and people can work on one run at once:
+each due merge is made by one of them, and the others go on to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import LeaseHeld
+from cluster.fan_out import fan_out_ray
+from cluster.journal import write_event
+from cluster.lease import Lease
+from configs.load import config_to_dict
+from configs.schema import Config
+from pipelines.merge import RunTasks, merge_lease
+from tasks.checkpoints.run_folder import RunFolder
+from tasks.checkpoints.tied import open_untied
+from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
+from tasks.merging.merge import MergeReport, execute_merge
+from tasks.merging.methods import MethodChoice
+from tasks.merging.plan import plan_merge
+from tasks.merging.schedule import DueMerge, is_evaluated, schedule_of
+
+EVALUATION_BATCH = 6
+"""Checkpoints of one evaluation task: enough to share the network and text, few enough to show progress."""
+
+
+@dataclass(kw_only=True)
+class Round:
+    """What came of a list of due merges."""
+
+    merged: list[str] = field(default_factory=list)
+    """URLs of merges made now."""
+    held: dict[str, str] = field(default_factory=dict)
+    """Merge to who is making it."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Merge to why there was nothing left to do."""
+
+
+def make_merges(
+    run: RunFolder,
+    config: Config,
+    due: Sequence[DueMerge[Any]],
+    run_tasks: RunTasks,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Round:
+    """Make the merges of ``due``, oldest first, each under its own lease; one that another driver is making is left to it.
+
+    ``tell`` is told the name of each as it begins.
+    """
+    outcome = Round()
+    for merge in due:
+        url = f"{run.url}/merged/{merge.name}"
+        try:
+            with merge_lease(url) as lease:
+                tell(merge.name)
+                report = merge_window(run, config, merge, run_tasks, lease)
+        except LeaseHeld as held:
+            outcome.held[merge.name] = str(held)
+        else:
+            if report.is_new:
+                outcome.merged.append(url)
+            else:
+                outcome.skipped[merge.name] = "another driver made it just now"
+    return outcome
+
+
+def merge_window(
+    run: RunFolder, config: Config, merge: DueMerge[Any], run_tasks: RunTasks, lease: Lease
+) -> MergeReport:
+    """Make one merge of the schedule under ``lease``, and record it as an event."""
+    plan = plan_merge(
+        [open_untied(snapshot.url) for snapshot in merge.window],
+        MethodChoice(method=merge.rule.method, alpha=merge.rule.alpha),
+        output_url=f"{run.url}/merged/{merge.name}",
+        shard_bytes=config.merge.shard_bytes,
+    )
+    report = execute_merge(plan, lambda function, tasks: run_tasks(function, tasks, lease.is_lost), lease.check)
+    if report.is_new:
+        details: dict[str, object] = {"name": merge.name, "seconds": report.seconds, "bytes_read": report.bytes_read}
+        write_event(run.store, "merge", {**details, "tasks": len(plan.tasks), "tasks_reused": report.tasks_reused})
+    return report
+
+
+def on_ray(config: Config, cancelled: Callable[[], bool]) -> RunTasks:
+    """Run merge tasks on the Ray session, ``merge.num_workers`` at once; ``cancelled`` is asked between them."""
+
+    def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], is_lost: Callable[[], bool]) -> Iterable[Any]:
+        return fan_out_ray(
+            function,
+            tasks,
+            num_in_flight=max(2, config.merge.num_workers),
+            memory_bytes=lambda task: int(task.memory_bytes),
+            should_cancel=lambda: cancelled() or is_lost(),
+        )
+
+    return run_tasks
+
+
+def unevaluated(run: RunFolder, config: Config) -> list[str]:
+    """URLs of committed checkpoints that lack an evaluation record and are to have one, merged ones first, newest first."""
+    suite, rows = suite_of(config), schedule_of(config)
+    done = set(run.store.keys("evaluations"))
+
+    def pending(digest: str) -> bool:
+        return evaluation_key(digest, suite) not in done
+
+    merged = [
+        f"{run.url}/merged/{name}"
+        for name, manifest in run.merged().items()
+        if pending(manifest.digest) and is_evaluated(name, manifest, rows)
+    ]
+    raw = [snapshot.url for snapshot in run.snapshots() if pending(snapshot.digest)]
+    return sorted(merged, reverse=True) + raw[::-1]
+
+
+def evaluate_all(
+    run: RunFolder, config: Config, urls: Sequence[str], cancelled: Callable[[], bool], batch: int = EVALUATION_BATCH
+) -> None:
+    """Evaluate ``urls`` as Ray tasks."""
+    tasks = [
+        EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(urls[start : start + batch]))
+        for start in range(0, len(urls), batch)
+    ]
+    for _ in fan_out_ray(
+        evaluate_checkpoints, tasks, num_in_flight=max(1, config.merge.num_workers), should_cancel=cancelled
+    ):
+        pass

@@ -1,0 +1,169 @@
+"""Ticks: what is due on a run, done once, by whoever's clock asks; watching is ticking in a loop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.errors import LeaseHeld, StorageError
+from cluster.fan_out import fan_out_processes, fan_out_ray
+from cluster.lease import hold_lease
+from cluster.session import ray_session
+from cluster.storage import open_store
+from configs.load import config_to_dict, override_execution
+from configs.schema import Config
+from pipelines.adopt import SOURCES, Growth, adopt_new
+from pipelines.merge import require_workers, task_runner
+from pipelines.scheduled import make_merges
+from tasks.checkpoints.catalog import Catalog, Glance
+from tasks.checkpoints.run_folder import RunFolder
+from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
+from tasks.merging.schedule import describe_schedule, due_merges, is_evaluated, schedule_of
+
+ADOPT_LEASE = "adopt"
+EVALUATE_LEASE = "evaluate"
+logger = logging.getLogger(__name__)
+
+
+def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local") -> dict[str, Any]:
+    """Adopt what another trainer has completed, make the merges that are due, evaluate those; then end.
+
+    What is due follows from committed manifests alone: after downtime all of it is caught up, and ticks that run at once
+    share the work, each merge being made by one of them. Raises :class:`cluster.errors.LeaseHeld` if all that is due is
+    being made by others. Returns the fields of ``pma tick --json``.
+    """
+    started = time.perf_counter()
+    require_workers(workers)
+    run = RunFolder(run_url)
+    config = override_execution(run.identity().config, overrides)
+    rows = schedule_of(config)
+    catalog = Catalog(run.store)
+    catalog.refresh()
+    growth = _adopt(run, catalog)
+    due = due_merges(catalog.snapshots(), rows, catalog.merged())
+    merged: list[str] = []
+    skipped = {} if due else {"schedule": describe_schedule(catalog.snapshots(), rows)}
+    if due:
+        with task_runner(
+            workers, [run.url, *(snapshot.url for merge in due for snapshot in merge.window)]
+        ) as run_tasks:
+            outcome = make_merges(run, config, due, run_tasks)
+        merged, skipped = outcome.merged, outcome.skipped | outcome.held
+        catalog.refresh()
+        if outcome.held and not merged and not growth.adopted:
+            raise LeaseHeld("; ".join(outcome.held.values()))
+    evaluated = _evaluate(run, config, catalog, workers)
+    return {
+        "run": run.url,
+        "merged": merged,
+        "skipped": "; ".join(skipped.values()) or None,
+        "adopted": growth.adopted,
+        "waiting": [{"url": url, "reason": reason} for url, reason in growth.waiting.items()],
+        "evaluated": evaluated,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def watch(
+    run_url: str,
+    *,
+    overrides: tuple[str, ...] = (),
+    workers: str = "local",
+    every_seconds: float = 60.0,
+    until_done: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Tick every ``every_seconds`` until interrupted or, with ``until_done``, until the run's last step is merged.
+
+    Storage that fails is asked again at the next round. Returns what all rounds did.
+    """
+    stop = stop or threading.Event()
+    merged: list[str] = []
+    rounds = 0
+    RunFolder(run_url).identity()
+    while True:
+        rounds += 1
+        try:
+            answer = tick(run_url, overrides=overrides, workers=workers)
+        except (LeaseHeld, StorageError) as error:
+            tell(f"round {rounds}: {error}")
+        else:
+            merged += answer["merged"]
+            tell(describe_round(rounds, answer))
+            if until_done and not answer["merged"] and is_complete(run_url):
+                break
+        if stop.wait(every_seconds):
+            break
+    return {"run": open_store(run_url).url, "merged": merged, "rounds": rounds}
+
+
+def describe_round(number: int, answer: dict[str, Any]) -> str:
+    """One line about a tick."""
+    done = [f"merged {url.rpartition('/')[2]}" for url in answer["merged"]]
+    done += [f"adopted step {row['step']}" for row in answer["adopted"]]
+    done += [f"waiting for {row['url']}: {row['reason']}" for row in answer["waiting"]]
+    return f"round {number}: " + ("; ".join(done) or str(answer["skipped"] or "nothing is due"))
+
+
+def is_complete(run_url: str) -> bool:
+    """Whether the run's last step is committed and nothing is due."""
+    run = RunFolder(run_url)
+    config = run.identity().config
+    catalog = Catalog(run.store)
+    catalog.refresh()
+    snapshots = catalog.snapshots()
+    ended = bool(snapshots) and (snapshots[-1].tokens_seen or 0) >= config.training.total_tokens
+    return ended and not due_merges(snapshots, schedule_of(config), catalog.merged())
+
+
+def _adopt(run: RunFolder, catalog: Catalog) -> Growth:
+    """Adopt under a lease, which is asked for only if the run has sources."""
+    if not run.store.keys(SOURCES):
+        return Growth()
+    try:
+        with hold_lease(run.store, ADOPT_LEASE):
+            growth = adopt_new(run, {snapshot.step for snapshot in catalog.snapshots() if snapshot.step is not None})
+    except LeaseHeld as held:
+        return Growth(waiting={run.url: str(held)})
+    if growth.adopted:
+        catalog.refresh()
+    return growth
+
+
+def _evaluate(run: RunFolder, config: Config, catalog: Catalog, workers: str) -> list[str]:
+    """Evaluate the merges that lack it, where a row of the schedule asks for it; URLs of what was evaluated."""
+    urls = _unevaluated_merges(run, config, catalog)
+    if not urls:
+        return []
+    task = EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(urls))
+    try:
+        with hold_lease(run.store, EVALUATE_LEASE):
+            _run_alone(evaluate_checkpoints, task, workers)
+    except LeaseHeld as held:
+        logger.info("evaluations are left to another driver: %s", held)
+        return []
+    return urls
+
+
+def _unevaluated_merges(run: RunFolder, config: Config, catalog: Catalog) -> list[str]:
+    rows = schedule_of(config)
+    wanted: list[tuple[str, Glance]] = [
+        (name, glance) for name, glance in catalog.merged().items() if is_evaluated(name, glance, rows)
+    ]
+    if not wanted or not any(row.evaluate for row in rows):
+        return []
+    suite, done = suite_of(config), set(run.store.keys("evaluations"))
+    return [glance.url for _, glance in wanted if evaluation_key(glance.digest, suite) not in done]
+
+
+def _run_alone(function: Callable[[Any], Any], task: Any, workers: str) -> None:
+    """Run one task in a process or a Ray worker, whose memory goes back when it ends."""
+    if workers == "ray":
+        with ray_session(None, 1):
+            list(fan_out_ray(function, [task], num_in_flight=1))
+    else:
+        list(fan_out_processes(function, [task], num_workers=1))
