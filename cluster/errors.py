@@ -13,6 +13,10 @@ class ObjectExists(StorageError):
     """Create-if-absent found an object; nothing was written."""
 
 
+class StorageDenied(StorageError):
+    """Storage lets us read and not write."""
+
+
 class StorageFull(StorageError):
     """No space is left; free some and run the same command again."""
 
@@ -27,3 +31,19 @@ class LeaseLost(Exception):
 
 class GangFailed(Exception):
     """Training workers failed more often than the restart budget allows."""
+
+
+class ClusterUnreachable(Exception):
+    """No Ray cluster answers at the address, or it stopped answering for longer than we wait."""
+
+
+class JobFailed(Exception):
+    """A submitted job ended without success; the process ends with the pipeline's own exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class JobDetached(KeyboardInterrupt):
+    """Ctrl-C while a job's log was followed; the job itself goes on. Exit code 130."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from cluster.capacity import require_cpus
 from cluster.errors import GangFailed
 
 COLLECTIVE_TIMEOUT_SECONDS = 120
@@ -31,6 +32,7 @@ def run_gang(body: Callable[[Any], dict[str, Any]], task: Any, *, num_workers: i
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    require_cpus(num_workers, f"training workers of {name}")
     with tempfile.TemporaryDirectory(prefix="pma-train-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
             _on_worker,

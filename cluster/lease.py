@@ -106,13 +106,14 @@ class Lease:
         try:
             self.store.create(lease_key(self.name), mine)
         except ObjectExists:
-            current = self.store.read(lease_key(self.name))
-            held = read_record(current)
-            if not is_free(held, self.clock()):
+            # None: its holder was done just now, and removed it.
+            current = self.store.read_if_present(lease_key(self.name))
+            if current is not None and not is_free(held := read_record(current), self.clock()):
                 raise LeaseHeld(self._describe(held)) from None
-            if not self.store.replace(lease_key(self.name), mine, current):
+            if current is None or not self.store.replace(lease_key(self.name), mine, current):
                 raise LeaseHeld(
-                    f"lease {self.name!r} of {self.store.url} was taken by another driver just now"
+                    f"lease {self.name!r} of {self.store.url} was taken or given back by another driver just now; "
+                    "run the same command again"
                 ) from None
         self._held = mine
 
@@ -127,7 +128,7 @@ class Lease:
 
     def check(self) -> None:
         """Fail closed: :class:`LeaseLost` unless the stored token is ours and unexpired."""
-        current = read_record(self.store.read(lease_key(self.name)))
+        current = self.store.read_if_present(lease_key(self.name))
         # The clock after the read: an answer that took longer than the lease lasts says nothing about now.
         _require_in_force(self.store, self.name, current, self.token, self.clock())
 
@@ -182,10 +183,13 @@ class Lease:
 
 def check_token(store: Store, name: str, token: str, now: float) -> None:
     """Raise :class:`LeaseLost` unless the lease ``name`` still carries ``token`` and has not expired at ``now``."""
-    _require_in_force(store, name, read_record(store.read(lease_key(name))), token, now)
+    _require_in_force(store, name, store.read_if_present(lease_key(name)), token, now)
 
 
-def _require_in_force(store: Store, name: str, current: LeaseRecord, token: str, now: float) -> None:
+def _require_in_force(store: Store, name: str, data: bytes | None, token: str, now: float) -> None:
+    if data is None:
+        raise LeaseLost(f"lease {name!r} of {store.url} was taken over by a driver that is done; nothing was published")
+    current = read_record(data)
     if current.token != token or current.released:
         raise LeaseLost(f"lease {name!r} of {store.url} now belongs to {current.owner}; nothing was published")
     if now >= current.expires_at:

@@ -111,6 +111,9 @@ class Store(ABC):
         """Discard what killed writers left half-uploaded below this root, and say how many; the caller holds its lease."""
         return 0
 
+    def prune(self, prefix: str) -> None:  # noqa: B027  most storage has no folders
+        """Forget the emptied folder ``prefix``, where storage knows folders; one that holds an object stays."""
+
     def exists(self, key: str) -> bool:
         """Whether the object exists."""
         from cluster.errors import ObjectMissing

@@ -7,6 +7,7 @@ their name by ``link`` (create-if-absent) or ``replace`` (overwrite), both atomi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.errors import ObjectExists, ObjectMissing, StorageError, StorageFull
+from cluster.errors import ObjectExists, ObjectMissing, StorageDenied, StorageError, StorageFull
 from cluster.storage import Store
 
 PARTIAL_SUFFIX = ".part"
@@ -111,6 +112,13 @@ class LocalStore(Store):
             self._path(key).unlink(missing_ok=True)
             self._path(f"{key}{GUARD_SUFFIX}").unlink(missing_ok=True)
 
+    def prune(self, prefix: str) -> None:
+        folders = [Path(folder) for folder, _, _ in os.walk(self._path(prefix), topdown=False)]
+        # rmdir refuses a folder that holds anything.
+        with contextlib.suppress(OSError):
+            for folder in folders:
+                folder.rmdir()
+
     def _path(self, key: str) -> Path:
         path = self.root / key
         if ".." in Path(key).parts or Path(key).is_absolute() or "\0" in key:
@@ -178,4 +186,6 @@ def _mapped_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFull(f"{path}: no space left; free some and run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageDenied(f"{path}: {error.strerror}") from error
         raise StorageError(f"{path}: {error.strerror or error}") from error

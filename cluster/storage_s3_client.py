@@ -25,7 +25,7 @@ from botocore.exceptions import (
 )
 from urllib3.exceptions import HTTPError
 
-from cluster.errors import ObjectMissing, StorageError, StorageFull
+from cluster.errors import ObjectMissing, StorageDenied, StorageError, StorageFull
 
 CONNECT_SECONDS = 10
 READ_SECONDS = 60
@@ -141,5 +141,6 @@ def _of_answer(what: str, error: ClientError) -> StorageError:
         return StorageFull(f"{what}: no space left; free some and run the same command again")
     hint = _HINTS.get(code) or _HINTS.get(status)
     if hint:
-        return StorageError(f"{what}: {hint} ({code})")
+        kind = StorageDenied if hint == _DENIED else StorageError
+        return kind(f"{what}: {hint} ({code})")
     return StorageError(f"{what}: {code} (HTTP {status}): {error.response.get('Error', {}).get('Message', '')}")

@@ -8,13 +8,13 @@ import click
 
 from pipelines.commands.configuration import config
 from pipelines.commands.merging import adopt, evaluate, export, merge, verify
-from pipelines.commands.schedule import tick, watch
+from pipelines.commands.schedule import plan, tick, watch
 from pipelines.commands.training import anneal, demo, pretrain
 from pipelines.commands.upkeep import report, status
 from pipelines.console import EXIT_USAGE, report_failure
 
 COMMANDS: tuple[click.Command, ...] = (
-    demo, pretrain, anneal, merge, tick, watch, adopt, export, evaluate, verify, status, report, config,
+    demo, pretrain, anneal, merge, plan, tick, watch, adopt, export, evaluate, verify, status, report, config,
 )  # fmt: skip
 
 

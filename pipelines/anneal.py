@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from configs.errors import UserError
 from configs.schema import Config
 from pipelines.beside import Beside
-from pipelines.pretrain import (
-    hold_run,
-    is_trained,
-    require_workable,
-    start_point,
-    summarise,
-    train_to_end,
-    working_session,
-)
-from pipelines.scheduled import unevaluated
-from pipelines.timing import timed
+from pipelines.driven import Driven
+from pipelines.pretrain import hold_run, pretrain_steps, require_workable, start_point, summarise, working_session
+from pipelines.steps import Step, pending_steps, run_steps
 from pipelines.tracking import TrackingThread
-from tasks.checkpoints.run_folder import RunFolder
+from pipelines.units import evaluation_units
+from tasks.checkpoints.pins import hold_pins
+from tasks.checkpoints.run_folder import RunFolder, StartPoint
 
 
 def anneal(run_url: str, from_step: int, *, tokens: int | None = None) -> dict[str, Any]:
@@ -37,15 +32,23 @@ def anneal(run_url: str, from_step: int, *, tokens: int | None = None) -> dict[s
     config = branch_config(trunk_config, start.tokens_seen, tokens or trunk_config.anneal.tokens)
     branch = trunk.branch(branch_name(from_step))
     require_workable(branch, config)
-    branch.begin(config, start)
+    # Until the branch is on record, which keeps its start from then on, a pin does.
+    with hold_pins([start]):
+        branch.begin(config, start)
+    driven = Driven(run=branch, config=config, start=start)
+    steps = anneal_steps(config, start)
     with hold_run(branch) as lease, TrackingThread(trunk, trunk_config) as tracking:
-        if not is_trained(branch, config) or unevaluated(branch, config):
+        if pending_steps(branch.store, steps, driven):
             with working_session(branch, config), Beside(branch, config, merges=False) as beside:
-                train_to_end(branch, config, lease, beside, label=f"annealing from step {from_step:,}")
-                with timed(branch.store, "evaluations after annealing", "evidence"):
-                    beside.finish()
+                run_steps(branch.store, steps, replace(driven, lease=lease, beside=beside), lease)
         tracking.finish()
     return {**summarise(branch, seconds=time.perf_counter() - started), "from": start.url}
+
+
+def anneal_steps(config: Config, start: StartPoint) -> list[Step[Driven]]:
+    """The steps of an annealing branch: those of pre-training without merges."""
+    train, _, evaluate = pretrain_steps(config, start)
+    return [train, replace(evaluate, needs=("train",), units=partial(evaluation_units, merges=False))]
 
 
 def branch_name(from_step: int) -> str:

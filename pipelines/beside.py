@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable
 
 from configs.schema import Config
-from pipelines.scheduled import EVALUATION_BATCH, evaluate_all, make_merges, on_ray, unevaluated
+from pipelines.scheduled import EVALUATION_BATCH, due_now, evaluate_all, make_merges, on_ray, unevaluated
 from tasks.checkpoints.run_folder import RunFolder
-from tasks.merging.schedule import due_merges, schedule_of
 
 POLL_SECONDS = 0.7
 logger = logging.getLogger(__name__)
@@ -47,11 +46,11 @@ class Beside:
         for thread in self._threads:
             thread.join(timeout=10)
 
-    def finish(self) -> None:
-        """Wait until everything due is merged and evaluated; raises what went wrong."""
+    def finish(self, name: str | None = None) -> None:
+        """Wait until everything due is merged (``merge``), evaluated (``evaluate``), or both; raises what went wrong."""
         self._training_done.set()
         for thread in self._threads:
-            while thread.is_alive():
+            while thread.is_alive() and name in (None, thread.name):
                 thread.join(timeout=0.2)
         if self._errors:
             raise self._errors[0]
@@ -79,7 +78,7 @@ class Beside:
         return name == "merge" or not any(thread.is_alive() for thread in self._threads if thread.name == "merge")
 
     def _merge_due(self) -> int:
-        due = due_merges(self.run.snapshots(), schedule_of(self.config), self.run.merged())
+        due = due_now(self.run, self.config)
         if not due:
             return 0
         outcome = make_merges(self.run, self.config, due, on_ray(self.config, self._cancelled.is_set), self._tell_merge)

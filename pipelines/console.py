@@ -24,8 +24,8 @@ def run_command(work: Callable[[], dict[str, Any]], render: Render, *, as_json: 
     answer = reserve_stdout()
     try:
         result = work()
-    except KeyboardInterrupt:
-        message = "stopped; what was committed is safe, run the same command again to continue"
+    except KeyboardInterrupt as stop:
+        message = str(stop) or "stopped; what was committed is safe, run the same command again to continue"
         report_failure("Interrupted", message, answer if as_json else None)
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001  the process edge: every failure becomes a message and an exit code
@@ -47,13 +47,15 @@ def reserve_stdout() -> TextIO:
 
 def exit_code_of(error: BaseException) -> int:
     """Exit code of the contract for ``error``."""
-    from cluster.errors import LeaseHeld, LeaseLost
+    from cluster.errors import JobFailed, LeaseHeld, LeaseLost
     from configs.errors import UserError
 
     if isinstance(error, UserError):
         return EXIT_USAGE
     if isinstance(error, (LeaseHeld, LeaseLost)):
         return EXIT_LEASE_HELD
+    if isinstance(error, JobFailed):
+        return error.exit_code
     return EXIT_FAILED
 
 

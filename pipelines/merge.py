@@ -16,6 +16,7 @@ from cluster.session import ray_session
 from cluster.storage import is_shared_with_workers, open_store
 from configs.errors import UserError
 from pipelines.merge_request import Chosen, MergeRequest, build_plans, choose
+from tasks.checkpoints.pins import hold_pins
 from tasks.merging.merge import MergeReport, execute_merges, find_standing, nothing_done
 from tasks.merging.methods import EVALUATED_METHODS
 from tasks.merging.plan import MergePlan, MergeTask
@@ -45,8 +46,9 @@ def merge(request: MergeRequest, *, dry_run: bool = False, moe_report: bool = Fa
 
 
 def carry_out(workers: str, plans: Sequence[MergePlan]) -> list[MergeReport]:
-    """Execute ``plans``, which share their tasks, under a lease each."""
+    """Execute ``plans``, which share their tasks, under a lease each, with their inputs pinned."""
     with ExitStack() as stack:
+        stack.enter_context(hold_pins(plans[0].inputs))
         leases = [stack.enter_context(merge_lease(plan.output_url)) for plan in plans]
         places = [*(plan.output_url for plan in plans), *(checkpoint.store.url for checkpoint in plans[0].inputs)]
         run_tasks = stack.enter_context(task_runner(workers, places))

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 from cluster.errors import GangFailed, LeaseLost, StorageError
@@ -16,30 +17,71 @@ from cluster.lease import Lease, hold_lease
 from cluster.session import ray_session
 from cluster.storage import is_shared_with_workers
 from configs.errors import UserError
-from configs.load import config_to_dict
+from configs.load import config_to_dict, identity_of
 from configs.schema import Config
 from pipelines.beside import Beside
+from pipelines.driven import Driven
 from pipelines.progress import Progress
-from pipelines.scheduled import unevaluated
+from pipelines.scheduled import due_now, unevaluated
+from pipelines.steps import Step, pending_steps, run_steps
 from pipelines.timing import timed
 from pipelines.tracking import TrackingThread
-from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, StartPoint
+from pipelines.units import evaluation_units, merge_units, snapshot_units
+from tasks.checkpoints.run_folder import RUN_KEY, RUN_LEASE, RunFolder, StartPoint
 from tasks.data.batches import num_windows
 from tasks.data.corpus import read_corpus
 from tasks.data.held_out import held_out_slices
-from tasks.merging.schedule import due_merges, schedule_of, scheduled_rule
+from tasks.evaluation.held_out import suite_of
+from tasks.merging.schedule import scheduled_rule
 
+TRAINING_SECTIONS = ("seed", "model", "data", "training", "optimizer", "schedule", "snapshots")
+"""Sections of a configuration that decide the bytes of its snapshots."""
+FORK_KEEPS = ("training.batch_tokens", "training.sequence_length")
+"""Beside the model's shape, what a fork shares with its run: the data position is counted in them."""
 logger = logging.getLogger(__name__)
 
 
-def pretrain(run_url: str, config: Config) -> dict[str, Any]:
+def pretrain(run_url: str, config: Config, *, fork: str | None = None) -> dict[str, Any]:
     """Train the run at ``run_url`` to its end; the same call again continues wherever it stood.
 
-    Returns the fields of ``pma pretrain --json``.
+    With ``fork`` the run is a branch of that name below it, which begins at its newest snapshot and may have another
+    configuration. Returns the fields of ``pma pretrain --json``.
     """
     started = time.perf_counter()
-    continue_run(prepare_run(run_url, config), config)
-    return summarise(RunFolder(run_url), seconds=time.perf_counter() - started)
+    run = prepare_run(run_url, config) if fork is None else prepare_fork(run_url, fork, config)
+    continue_run(run, config)
+    return summarise(run, seconds=time.perf_counter() - started)
+
+
+def pretrain_steps(config: Config, start: StartPoint | None = None) -> list[Step[Driven]]:
+    """The steps of pre-training: train, with merges and evaluations beside it, then what of these is left."""
+    values = {key: value for key, value in identity_of(config).items() if key.split(".")[0] in TRAINING_SECTIONS}
+    rule = scheduled_rule(config)
+    return [
+        Step(
+            name="train",
+            config={**values, "start": None if start is None else start.digest},
+            function=_train,
+            units=snapshot_units,
+            is_standing=lambda driven, _: is_trained(driven.run, driven.config),
+        ),
+        Step(
+            name="merge",
+            config=asdict(rule),
+            needs=("train",),
+            function=_finish_merges,
+            units=merge_units,
+            is_standing=lambda driven, _: not due_now(driven.run, driven.config),
+        ),
+        Step(
+            name="evaluate",
+            config={"suite": suite_of(config)},
+            needs=("train", "merge"),
+            function=_finish_evaluations,
+            units=evaluation_units,
+            is_standing=lambda driven, _: not unevaluated(driven.run, driven.config),
+        ),
+    ]
 
 
 def prepare_run(run_url: str, config: Config) -> RunFolder:
@@ -50,14 +92,31 @@ def prepare_run(run_url: str, config: Config) -> RunFolder:
     return run
 
 
+def prepare_fork(run_url: str, name: str, config: Config) -> RunFolder:
+    """The branch ``name`` of the run at ``run_url`` as a run with its own configuration, begun at the newest snapshot."""
+    trunk = RunFolder(run_url)
+    require_forkable(trunk, name, config)
+    branch = trunk.branch(name)
+    require_workable(branch, config)
+    if branch.store.exists(RUN_KEY):
+        start = branch.identity().start
+    else:
+        snapshots = trunk.snapshots()
+        if not snapshots:
+            raise UserError(f"{trunk.url} has no committed snapshot to fork from; give another --run instead")
+        start = start_point(trunk, snapshots[-1].step)
+    branch.begin(config, start)
+    return branch
+
+
 def continue_run(run: RunFolder, config: Config) -> None:
     """Do what the run still lacks: training, merges, evaluations, tracking."""
+    driven = Driven(run=run, config=config, start=run.identity().start)
+    steps = pretrain_steps(config, driven.start)
     with hold_run(run) as lease, TrackingThread(run, config) as tracking:
-        if has_work_left(run, config):
+        if pending_steps(run.store, steps, driven):
             with working_session(run, config), Beside(run, config) as beside:
-                train_to_end(run, config, lease, beside, label=config.name)
-                with timed(run.store, "merges and evaluations after training", "evidence"):
-                    beside.finish()
+                run_steps(run.store, steps, replace(driven, lease=lease, beside=beside), lease)
         register_newest(run, config, tracking)
         tracking.finish()
 
@@ -71,12 +130,12 @@ def working_session(run: RunFolder, config: Config) -> Iterator[None]:
         yield
 
 
-def train_to_end(run: RunFolder, config: Config, lease: Lease, beside: Beside, *, label: str) -> None:
+def train_to_end(run: RunFolder, config: Config, lease: Lease, beside: Beside | None, *, label: str) -> None:
     """Run gangs until the last step is committed; a gang that loses a worker is started again from the newest snapshot."""
     if is_trained(run, config):
         return
     with (
-        Progress(run, config, label, lambda: list(beside.activity.values())),
+        Progress(run, config, label, lambda: list(beside.activity.values()) if beside else []),
         timed(run.store, f"training {label}", "training"),
     ):
         for attempt in range(config.training.max_restarts + 1):
@@ -128,8 +187,22 @@ def is_trained(run: RunFolder, config: Config) -> bool:
 
 def has_work_left(run: RunFolder, config: Config) -> bool:
     """Whether training, a merge or an evaluation is due."""
-    due = due_merges(run.snapshots(), schedule_of(config), run.merged())
-    return not is_trained(run, config) or bool(due) or bool(unevaluated(run, config))
+    driven = Driven(run=run, config=config, start=run.identity().start)
+    return bool(pending_steps(run.store, pretrain_steps(config, driven.start), driven))
+
+
+def require_forkable(trunk: RunFolder, name: str, config: Config) -> None:
+    """Refuse a fork that could not start from the run's weights, or whose name is no folder's."""
+    if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+        raise UserError(f"--fork {name!r}: letters, digits, '.', '_' and '-' only")
+    old, new = identity_of(trunk.identity().config), identity_of(config)
+    fixed = [key for key in new if key.startswith("model.") or key in FORK_KEEPS]
+    if changed := [f"  {key}: run has {old[key]!r}, asked for {new[key]!r}" for key in fixed if old[key] != new[key]]:
+        raise UserError(
+            f"a fork of {trunk.url} starts from its weights and data position, so these must stay:\n"
+            + "\n".join(changed)
+            + "\nGive them as they are, or another --run to begin afresh"
+        )
 
 
 def num_cpus(config: Config) -> int:
@@ -177,6 +250,28 @@ def first_line(error: BaseException) -> str:
     """The last line of an error's text, which is where Ray puts the cause."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else type(error).__name__
+
+
+def _train(driven: Driven) -> dict[str, Any]:
+    assert driven.lease is not None
+    label = driven.config.name if driven.start is None else f"{driven.config.name} from step {driven.start.step:,}"
+    train_to_end(driven.run, driven.config, driven.lease, driven.beside, label=label)
+    last = driven.run.snapshots()[-1]
+    return {"step": last.step, "digest": last.digest, "state_digest": last.manifest.state_digest}
+
+
+def _finish_merges(driven: Driven) -> dict[str, Any]:
+    assert driven.beside is not None
+    with timed(driven.run.store, "merges after training", "evidence"):
+        driven.beside.finish("merge")
+    return {"merged": len(driven.run.merged())}
+
+
+def _finish_evaluations(driven: Driven) -> dict[str, Any]:
+    assert driven.beside is not None
+    with timed(driven.run.store, "evaluations after training", "evidence"):
+        driven.beside.finish()
+    return {"evaluations": len(driven.run.store.keys("evaluations"))}
 
 
 def _segment_task(run: RunFolder, config: Config, lease: Lease, *, cause: str) -> Any:

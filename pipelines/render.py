@@ -90,7 +90,12 @@ def render_evaluation(result: dict[str, Any]) -> str:
 
 def render_verification(result: dict[str, Any]) -> str:
     """A verification for people."""
-    lines = [f"{'holds' if check['ok'] else 'FAILS':<6}{name}" for name, check in result["checks"].items()]
+    words = {True: "holds", False: "FAILS"}
+    lines = [
+        f"{'      ' if check.get('skipped') else words[check['ok']]:<6}{name}"
+        + (f": not checked, {check['reason']}" if check.get("skipped") else "")
+        for name, check in result["checks"].items()
+    ]
     lines += [f"  {problem}" for problem in result["problems"]]
     return "\n".join(
         [*lines, f"{result['url']}: {'verified' if result['ok'] else 'NOT as stated'}, digest {result['digest']}"]
@@ -139,17 +144,3 @@ def render_config(result: dict[str, Any]) -> str:
     listed = rows(result["config"], "")
     width = max(len(f"{key}={value}") for key, value in listed if len(value) < 40)
     return "\n".join(f"{f'{key}={value}':<{width}}  # {result['origins'][key]}" for key, value in listed)
-
-
-def render_tick(result: dict[str, Any]) -> str:
-    """What a tick did, a line each."""
-    lines = [f"adopted step {row['step']:,} from {row['source']}" for row in result["adopted"]]
-    lines += [f"waiting for {row['url']}: {row['reason']}" for row in result["waiting"]]
-    lines += [f"merged {url}" for url in result["merged"]]
-    lines += [f"evaluated {url}" for url in result["evaluated"]]
-    return "\n".join(lines + ([result["skipped"]] if result["skipped"] else []))
-
-
-def render_watch(result: dict[str, Any]) -> str:
-    """What all rounds of a watch made."""
-    return f"{len(result['merged'])} merges made in {result['rounds']} rounds on {result['run']}"

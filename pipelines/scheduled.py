@@ -6,6 +6,7 @@ each due merge is made by one of them, and the others go on to the next.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +18,15 @@ from cluster.lease import Lease
 from configs.load import config_to_dict
 from configs.schema import Config
 from pipelines.merge import RunTasks, merge_lease
-from tasks.checkpoints.run_folder import RunFolder
+from tasks.checkpoints.dooms import merges_made, names_going
+from tasks.checkpoints.pins import InputCollected, hold_pins
+from tasks.checkpoints.run_folder import RunFolder, Snapshot, snapshot_key
 from tasks.checkpoints.tied import open_untied
 from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
 from tasks.merging.merge import MergeReport, execute_merge
 from tasks.merging.methods import MethodChoice
 from tasks.merging.plan import plan_merge
-from tasks.merging.schedule import DueMerge, is_evaluated, schedule_of
+from tasks.merging.schedule import DueMerge, due_merges, is_evaluated, schedule_of
 
 EVALUATION_BATCH = 6
 """Checkpoints of one evaluation task: enough to share the network and text, few enough to show progress."""
@@ -56,11 +59,13 @@ def make_merges(
     for merge in due:
         url = f"{run.url}/merged/{merge.name}"
         try:
-            with merge_lease(url) as lease:
+            with merge_lease(url) as lease, hold_pins(merge.window):
                 tell(merge.name)
                 report = merge_window(run, config, merge, run_tasks, lease)
         except LeaseHeld as held:
             outcome.held[merge.name] = str(held)
+        except InputCollected as collected:
+            outcome.skipped[merge.name] = str(collected)
         else:
             if report.is_new:
                 outcome.merged.append(url)
@@ -86,6 +91,11 @@ def merge_window(
     return report
 
 
+def due_now(run: RunFolder, config: Config) -> list[DueMerge[Snapshot]]:
+    """Merges that the run's schedule asks for and that are not made yet."""
+    return due_merges(run.snapshots(), schedule_of(config), merges_made(run.store, run.merged()))
+
+
 def on_ray(config: Config, cancelled: Callable[[], bool]) -> RunTasks:
     """Run merge tasks on the Ray session, ``merge.num_workers`` at once; ``cancelled`` is asked between them."""
 
@@ -105,16 +115,17 @@ def unevaluated(run: RunFolder, config: Config) -> list[str]:
     """URLs of committed checkpoints that lack an evaluation record and are to have one, merged ones first, newest first."""
     suite, rows = suite_of(config), schedule_of(config)
     done = set(run.store.keys("evaluations"))
+    going = names_going(run.store)
 
-    def pending(digest: str) -> bool:
-        return evaluation_key(digest, suite) not in done
+    def pending(folder: str, digest: str) -> bool:
+        return evaluation_key(digest, suite) not in done and folder not in going
 
     merged = [
         f"{run.url}/merged/{name}"
         for name, manifest in run.merged().items()
-        if pending(manifest.digest) and is_evaluated(name, manifest, rows)
+        if pending(f"merged/{name}", manifest.digest) and is_evaluated(name, manifest, rows)
     ]
-    raw = [snapshot.url for snapshot in run.snapshots() if pending(snapshot.digest)]
+    raw = [s.url for s in run.snapshots() if pending(snapshot_key(s.step), s.digest)]
     return sorted(merged, reverse=True) + raw[::-1]
 
 
@@ -126,7 +137,10 @@ def evaluate_all(
         EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(urls[start : start + batch]))
         for start in range(0, len(urls), batch)
     ]
+    started = time.perf_counter()
     for _ in fan_out_ray(
         evaluate_checkpoints, tasks, num_in_flight=max(1, config.merge.num_workers), should_cancel=cancelled
     ):
         pass
+    if urls:
+        write_event(run.store, "evaluations", {"count": len(urls), "seconds": time.perf_counter() - started})

@@ -19,6 +19,7 @@ from pipelines.adopt import SOURCES, Growth, adopt_new
 from pipelines.merge import require_workers, task_runner
 from pipelines.scheduled import make_merges
 from tasks.checkpoints.catalog import Catalog, Glance
+from tasks.checkpoints.dooms import merges_made
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
 from tasks.merging.schedule import describe_schedule, due_merges, is_evaluated, schedule_of
@@ -43,7 +44,7 @@ def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local
     catalog = Catalog(run.store)
     catalog.refresh()
     growth = _adopt(run, catalog)
-    due = due_merges(catalog.snapshots(), rows, catalog.merged())
+    due = due_merges(catalog.snapshots(), rows, merges_made(run.store, catalog.merged()))
     merged: list[str] = []
     skipped = {} if due else {"schedule": describe_schedule(catalog.snapshots(), rows)}
     if due:
@@ -117,7 +118,7 @@ def is_complete(run_url: str) -> bool:
     catalog.refresh()
     snapshots = catalog.snapshots()
     ended = bool(snapshots) and (snapshots[-1].tokens_seen or 0) >= config.training.total_tokens
-    return ended and not due_merges(snapshots, schedule_of(config), catalog.merged())
+    return ended and not due_merges(snapshots, schedule_of(config), merges_made(run.store, catalog.merged()))
 
 
 def _adopt(run: RunFolder, catalog: Catalog) -> Growth:

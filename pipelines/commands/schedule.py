@@ -1,4 +1,4 @@
-"""Commands that do what is due: tick and watch."""
+"""Commands about what is due: plan, tick and watch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,29 @@ from typing import Any
 
 import click
 
-from pipelines.commands.options import common
+from pipelines.commands.options import common, configured
 from pipelines.console import run_command
-from pipelines.render import render_tick, render_watch
+from pipelines.render_schedule import render_plan, render_tick, render_watch
+
+
+@click.command()
+@click.argument("pipeline", metavar="PIPELINE")
+@click.option("--config", "config_name", required=True, metavar="C", help="Configuration: a name or a .yaml path.")
+@configured
+@common
+def plan(
+    pipeline: str, config_name: str, run_url: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool
+) -> int:
+    """What a pipeline (pretrain, demo) has done and has left: steps, bytes, time. Nothing is started."""
+
+    def work() -> dict[str, Any]:
+        from configs.load import load_config
+        from pipelines.plan import plan as story
+
+        config = load_config(config_name, overrides).config
+        return story(pipeline, config, run_url or f"runs/{config.name}")
+
+    return run_command(work, render_plan, as_json=as_json, debug=debug)
 
 
 @click.command()

@@ -37,9 +37,12 @@ def demo(config_name: str, run_url: str | None, overrides: tuple[str, ...], as_j
 
 @click.command()
 @click.option("--config", "config_name", required=True, metavar="C", help="Configuration: a name or a .yaml path.")
+@click.option("--fork", metavar="NAME", help="Branch a new run off the newest snapshot, with this configuration.")
 @configured
 @common
-def pretrain(config_name: str, run_url: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool) -> int:
+def pretrain(
+    config_name: str, fork: str | None, run_url: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool
+) -> int:
     """Train, snapshot, merge on schedule, evaluate; run it again to continue."""
 
     def work() -> dict[str, Any]:
@@ -47,7 +50,7 @@ def pretrain(config_name: str, run_url: str | None, overrides: tuple[str, ...], 
         from pipelines.pretrain import pretrain as story
 
         config = load_config(config_name, overrides).config
-        return story(run_url or f"runs/{config.name}", config)
+        return story(run_url or f"runs/{config.name}", config, fork=fork)
 
     return run_command(work, render_training, as_json=as_json, debug=debug)
 

@@ -52,6 +52,11 @@ def open_checkpoint(url: str) -> Checkpoint:
     manifest = parse_manifest(data, f"{store.url}/{MANIFEST_KEY}")
     if manifest.source is not None and manifest.source.format == "dcp":
         return _open_adopted_dcp(store, manifest, digest_bytes(data))
+    return checkpoint_of(store, manifest, data)
+
+
+def checkpoint_of(store: Store, manifest: Manifest, data: bytes) -> Checkpoint:
+    """What ``manifest``, whose bytes are ``data``, says lies at ``store``; for all but adopted DCP."""
     model: dict[str, TensorPlace] = {}
     state: dict[str, TensorPlace] = {}
     for shard in manifest.shards:

@@ -130,7 +130,7 @@ class RunFolder:
         try:
             self.store.create(RUN_KEY, json.dumps(values, indent=1).encode())
         except ObjectExists:
-            _require_same(self.identity(), config, start, self.url)
+            require_same_run(self.identity(), config, start, self.url)
         return self.identity()
 
     def snapshots(self) -> list[Snapshot]:
@@ -214,7 +214,8 @@ def _segment_key(number: int) -> str:
     return f"segments/{number:04d}.json"
 
 
-def _require_same(there: RunIdentity, config: Config, start: StartPoint | None, url: str) -> None:
+def require_same_run(there: RunIdentity, config: Config, start: StartPoint | None, url: str) -> None:
+    """Raise :class:`configs.errors.UserError` with every field in which ``config`` and ``start`` are not the run's at ``url``."""
     old, new = identity_of(there.config), identity_of(config)
     if there.start != start:
         old["start"], new["start"] = there.start, start
@@ -225,5 +226,5 @@ def _require_same(there: RunIdentity, config: Config, start: StartPoint | None, 
         raise UserError(
             f"{url} is a run of another configuration:\n"
             + "\n".join(lines)
-            + "\nGive the same values, or another --run"
+            + "\nGive the same values, --fork NAME to branch a new run off this one, or another --run"
         )

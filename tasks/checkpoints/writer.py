@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from cluster.errors import ObjectExists
+from cluster.errors import LeaseLost, ObjectExists
 from cluster.storage import ObjectWriter, Store
 from tasks.checkpoints.digest import digest_bytes, new_hasher
 from tasks.checkpoints.manifest import (
@@ -57,13 +57,13 @@ def write_side_files(
 ) -> tuple[SideFile, ...]:
     """Write the small files of a checkpoint and its index, and describe them.
 
-    ``check`` raises if the lease was lost. A folder that holds a manifest already is not touched.
+    ``check`` raises if the lease was lost. A folder that holds a manifest already is not touched, nor is a file
+    that someone else has written since the check: a driver that stood still past its lease's expiry writes nothing
+    over what the next one published.
     """
-    check()
     everything = {**contents, INDEX_KEY: build_index(shards)}
-    if not store.exists(MANIFEST_KEY):
-        for key, data in everything.items():
-            store.put(key, data)
+    while not _write_unless_changed(store, everything, check):
+        pass
     return tuple(SideFile(key=key, bytes=len(data), digest=digest_bytes(data)) for key, data in everything.items())
 
 
@@ -81,22 +81,27 @@ def commit_manifest(store: Store, manifest: Manifest, check: Callable[[], None])
 
     ``check`` runs right before and raises if the lease was lost. If a manifest with the same content
     is there already (another attempt of the same work), that one stands and this is success;
-    different content is :class:`CommitConflict`.
+    different content is :class:`CommitConflict`. However it ends, the index is that of the manifest that stands:
+    two drivers that each stood still past their lease's expiry may have written theirs in turn.
     """
-    check()
     try:
+        check()
         store.create(MANIFEST_KEY, encode_manifest(manifest))
-        return manifest
+    except LeaseLost:
+        if store.exists(MANIFEST_KEY):
+            _restore_index(store, _read_standing(store))
+        raise
     except ObjectExists:
-        standing = parse_manifest(store.read(MANIFEST_KEY), f"{store.url}/{MANIFEST_KEY}")
-        # Whoever came second may have written the index just now: point it at the shards that stand.
-        store.put(INDEX_KEY, build_index(standing.shards))
+        standing = _read_standing(store)
+        _restore_index(store, standing)
         if (standing.digest, standing.state_digest) != (manifest.digest, manifest.state_digest):
             raise CommitConflict(
                 f"{store.url} holds digest {standing.digest[:12]}, this attempt made {manifest.digest[:12]}; "
                 "the committed one is kept"
             ) from None
         return standing
+    _restore_index(store, manifest)
+    return manifest
 
 
 class ShardWriter:
@@ -166,6 +171,33 @@ def open_shard(
         writer = ShardWriter(out, key, tensors, part)
         yield writer
         writer.shard()
+
+
+def _read_standing(store: Store) -> Manifest:
+    return parse_manifest(store.read(MANIFEST_KEY), f"{store.url}/{MANIFEST_KEY}")
+
+
+def _restore_index(store: Store, standing: Manifest) -> None:
+    index = build_index(standing.shards)
+    if store.read_if_present(INDEX_KEY) not in (None, index):
+        store.put(INDEX_KEY, index)
+
+
+def _write_unless_changed(store: Store, contents: Mapping[str, bytes], check: Callable[[], None]) -> bool:
+    """Compare-and-swap of every file against what was there before ``check``; False if another driver was quicker."""
+    found = {key: store.read_if_present(key) for key in contents}
+    check()
+    return store.exists(MANIFEST_KEY) or all(_swap(store, key, data, found[key]) for key, data in contents.items())
+
+
+def _swap(store: Store, key: str, data: bytes, old: bytes | None) -> bool:
+    if old is None:
+        try:
+            store.create(key, data)
+        except ObjectExists:
+            return False
+        return True
+    return old == data or store.replace(key, data, old)
 
 
 def _write_shard(

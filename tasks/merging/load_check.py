@@ -27,8 +27,11 @@ SEQUENCES = 2
 TOLERANCE = {"F32": 2e-4, "BF16": 1e-2, "F16": 3e-3, "F64": 1e-5}
 
 
-def check_load(url: str) -> Iterator[str]:
-    """Problems of loading the checkpoint at ``url`` with ``AutoModelForCausalLM.from_pretrained`` and running it in float32."""
+def check_load(url: str, *, beside_mean: bool = True) -> Iterator[str]:
+    """Problems of loading the checkpoint at ``url`` with ``AutoModelForCausalLM.from_pretrained`` and running it in float32.
+
+    A merge is run beside the mean of its inputs, unless ``beside_mean`` says that they are gone.
+    """
     store = open_store(url)
     manifest, _ = read_manifest(store)
     if not store.exists("config.json"):
@@ -39,7 +42,7 @@ def check_load(url: str) -> Iterator[str]:
         logits = _run(_local_copy(store, keys, Path(scratch) / "checkpoint"))
         if not logits.isfinite().all():
             yield f"{url}: the logits are not finite"
-        if manifest.merge is None:
+        if manifest.merge is None or not beside_mean:
             return
         dtypes = {entry.name: entry.dtype for entry in manifest.model_tensors()}
         expected = _run(_write_mean(store, manifest.merge, dtypes, Path(scratch) / "mean"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.errors import ObjectMissing, StorageError
 from cluster.storage import Store, open_store
 from configs.errors import UserError
+from tasks.checkpoints.collected import open_collected
 from tasks.checkpoints.content import tensor_digests
 from tasks.checkpoints.digest import content_digest, digest_bytes, new_hasher
 from tasks.checkpoints.manifest import (
@@ -40,6 +41,8 @@ class Verification:
     """Content digest that the manifest states."""
     checks: dict[str, list[str]]
     """Check to its problems; none means it holds."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Check to why it could not be made, which is no fault of the checkpoint: retention took its inputs."""
 
     @property
     def problems(self) -> list[str]:
@@ -76,11 +79,13 @@ def verify_checkpoint(url: str, *, load: bool = False) -> Verification:
         checks["lineage"] = lambda: _check_lineage(merge)
         checks["census"] = lambda: _check_census(manifest, merge)
         checks["recomputed sample"] = lambda: check_sample(store, manifest, merge)
+    skipped = {} if merge is None else _without_tensors(merge)
     if load:
         from tasks.merging.load_check import check_load
 
-        checks["loads in transformers"] = lambda: check_load(url)
-    return Verification(digest=manifest.digest, checks={name: _run(check) for name, check in checks.items()})
+        checks["loads in transformers"] = lambda: check_load(url, beside_mean=not skipped)
+    found = {name: _run(check) for name, check in checks.items() if name not in skipped}
+    return Verification(digest=manifest.digest, checks=found, skipped=skipped)
 
 
 def _run(check: Callable[[], Iterator[str]]) -> list[str]:
@@ -180,7 +185,7 @@ def _check_weights(merge: Merge) -> Iterator[str]:
 
 def _check_lineage(merge: Merge) -> Iterator[str]:
     for item in merge.inputs:
-        checkpoint = open_untied(item.url)
+        checkpoint = _open_input(item.url)
         if item.manifest_digest is not None:
             if checkpoint.manifest_digest != item.manifest_digest:
                 yield f"{item.url}: its manifest is not the one that was merged"
@@ -191,18 +196,36 @@ def _check_lineage(merge: Merge) -> Iterator[str]:
 
 
 def _identity_now(merge: Merge) -> str:
-    inputs = [open_untied(item.url) for item in merge.inputs]
+    inputs = [_open_input(item.url) for item in merge.inputs]
     return merge_identity(merge.weights, merge.dtypes, merge.policies, inputs)
 
 
 def _check_census(manifest: Manifest, merge: Merge) -> Iterator[str]:
     written = {entry.name: entry.shape for entry in manifest.model_tensors()}
     for item in merge.inputs:
-        places = open_untied(item.url).model
+        places = _open_input(item.url).model
         expected = {name: place.shape for name, place in places.items()}
         for name in sorted(expected.keys() | written.keys()):
             if expected.get(name) != written.get(name):
                 yield f"tensor {name!r} is {expected.get(name)} in {item.url}, {written.get(name)} in the merge"
+
+
+def _open_input(url: str) -> Checkpoint:
+    """An input as it is now or, if retention took it away, as the manifest that it kept says it was."""
+    gone = open_collected(url)
+    return open_untied(url) if gone is None else gone[0]
+
+
+def _without_tensors(merge: Merge) -> dict[str, str]:
+    """Checks of ``merge`` that need tensors which retention took away; lineage and census need manifests alone."""
+    gone = [doom for item in merge.inputs if (found := open_collected(item.url)) is not None for doom in found[1:]]
+    if not gone:
+        return {}
+    names = ", ".join(doom.name for doom in gone[:3])
+    return {
+        "recomputed sample": f"{len(gone)} of {len(merge.inputs)} inputs were collected by retention ({names}"
+        f"{', ...' if len(gone) > 3 else ''}); what is left of them, their manifests, was compared"
+    }
 
 
 def _plain_digest(checkpoint: Checkpoint) -> str:

@@ -56,5 +56,11 @@ def build_model(model: ModelConfig, sequence_length: int, *, seed: int | None = 
     return network
 
 
+def count_parameters(model: ModelConfig, sequence_length: int) -> int:
+    """Number of parameters of the network, tied ones once; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(model, sequence_length).parameters())
+
+
 def _architecture(config: PreTrainedConfig) -> str:
     return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)

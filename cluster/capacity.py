@@ -1,0 +1,67 @@
+"""Whether a cluster can hold what we are about to start: a clear word in seconds instead of a wait without end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+from cluster.errors import GangFailed
+from configs.errors import UserError
+
+SETTLE_SECONDS = 10.0
+"""Nodes of a cluster that has just started may still be registering."""
+RETURN_SECONDS = 300.0
+"""A node that was lost may be replaced."""
+POLL_SECONDS = 0.5
+logger = logging.getLogger(__name__)
+
+
+def require_cpus(num_cpus: int, purpose: str) -> None:
+    """Check that the cluster has ``num_cpus`` slots of one CPU each, whoever uses them now.
+
+    With an autoscaler it only warns, because more nodes come once Ray asks for them. Otherwise it waits
+    :data:`SETTLE_SECONDS`, or :data:`RETURN_SECONDS` where nodes were lost, and raises
+    :class:`UserError` or, for lost nodes, :class:`GangFailed`.
+    """
+    has, lost = _slots()
+    if has >= num_cpus:
+        return
+    if _has_autoscaler():
+        logger.warning("%s: %d CPUs needed, %d there now; waiting for the autoscaler", purpose, num_cpus, has)
+        return
+    if lost:
+        logger.warning("%s: %d CPUs needed, %d left after losing nodes; waiting for them", purpose, num_cpus, has)
+    deadline = time.monotonic() + (RETURN_SECONDS if lost else SETTLE_SECONDS)
+    while has < num_cpus and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        has, lost = _slots()
+    if has >= num_cpus:
+        return
+    message = f"{purpose}: needs {num_cpus} CPUs at once, the cluster has {has}"
+    if lost:
+        raise GangFailed(
+            f"{message} since {lost} nodes were lost; add nodes and run the same command again to continue"
+        )
+    raise UserError(f"{message}; add nodes, or ask for less (training.num_workers=..., merge.num_workers=...)")
+
+
+def _slots() -> tuple[int, int]:
+    """CPU slots of the nodes that are alive, and the number of nodes with CPUs that are not.
+
+    A job's driver may hold a fraction of a CPU, which spoils one slot.
+    """
+    import ray
+
+    nodes = ray.nodes()
+    total = sum(math.floor(node["Resources"].get("CPU", 0.0)) for node in nodes if node["Alive"])
+    held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
+    is_fraction_held = not math.isclose(held, round(held), abs_tol=1e-3)
+    lost = sum(1 for node in nodes if not node["Alive"] and node["Resources"].get("CPU", 0.0) >= 1)
+    return total - (1 if is_fraction_held and total else 0), lost
+
+
+def _has_autoscaler() -> bool:
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return bool(is_autoscaler_v2())

@@ -1,0 +1,191 @@
+"""Which checkpoints of a run stay and which may go: a pure function of what the run holds and of who needs what.
+
+A snapshot goes only if the policy is set, no rule of it keeps the snapshot, and nobody needs it. Every row of the plan
+says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from configs.sections import RetentionConfig
+from tasks.checkpoints.catalog import Glance
+from tasks.checkpoints.pins import checkpoint_name
+from tasks.checkpoints.run_folder import StartPoint
+
+RECOVERY_COUNT = 3
+"""Healthy snapshots before a spike that recovery merges (the paper's N for it, arXiv 2505.12082)."""
+Reasons = Mapping[str, Sequence[str]]
+"""Folder below the run, as ``snapshots/step-000001000``, to why it must stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holdings:
+    """What a run holds and who needs what, as it was read in one go."""
+
+    snapshots: tuple[Glance, ...]
+    """By step."""
+    merged: Mapping[str, Glance]
+    """By name."""
+    needed: Reasons
+    """What pins, windows, branches, segments and registered versions need."""
+    surplus: Collection[str]
+    """Names of merges that the schedule gives away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionRow:
+    """One checkpoint of a plan."""
+
+    name: str
+    """Folder below the run."""
+    url: str
+    """Folder."""
+    step: int | None
+    """Completed optimizer steps."""
+    bytes: int
+    """Of its objects in the run; none of an adopted one, whose weights lie elsewhere."""
+    digest: str
+    """Content digest."""
+    created: float
+    """Unix seconds."""
+    action: Literal["keep", "delete"]
+    """What becomes of it."""
+    reasons: tuple[str, ...]
+    """Why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionPlan:
+    """What becomes of every checkpoint of a run."""
+
+    rows: tuple[RetentionRow, ...]
+    """Snapshots by step, then merges by name."""
+
+    @property
+    def doomed(self) -> tuple[RetentionRow, ...]:
+        """Rows that go."""
+        return tuple(row for row in self.rows if row.action == "delete")
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Rows as plain values."""
+        return [{**dataclasses.asdict(row), "reasons": list(row.reasons)} for row in self.rows]
+
+
+def plan_retention(holdings: Holdings, policy: RetentionConfig, *, interval_tokens: int, now: float) -> RetentionPlan:
+    """What stays and what goes of ``holdings``. ``interval_tokens`` lie between snapshots, ``now`` is in Unix seconds."""
+    keep = join_reasons(
+        holdings.needed,
+        reasons_of_policy(holdings.snapshots, policy, interval_tokens=interval_tokens, now=now),
+        reasons_of_health(holdings.snapshots),
+    )
+    rows = [_row(f"snapshots/{folder_of(glance)}", glance, keep, "no rule keeps it") for glance in holdings.snapshots]
+    for name, glance in sorted(holdings.merged.items()):
+        own = {} if name in holdings.surplus else {f"merged/{name}": ["merged checkpoint"]}
+        rows.append(_row(f"merged/{name}", glance, join_reasons(own, keep), "beyond keep_last of its schedule row"))
+    return RetentionPlan(rows=tuple(rows))
+
+
+def reasons_of_policy(
+    snapshots: Sequence[Glance], policy: RetentionConfig, *, interval_tokens: int, now: float
+) -> dict[str, list[str]]:
+    """What the rules of the configuration keep; without a rule, everything."""
+    found: dict[str, list[str]] = {}
+    newest = {snapshot.url for snapshot in snapshots[-policy.keep_last :]} if policy.keep_last else set()
+    for snapshot in snapshots:
+        age_hours = (now - snapshot.created) / 3600
+        spacing = (policy.keep_every or 0) * interval_tokens
+        rules = {
+            "no retention rule is set": not policy.is_set,
+            # Its weights lie with another trainer: removing our note of it would free nothing.
+            "adopted": snapshot.kind == "adopted",
+            "milestone": snapshot.step in policy.milestones,
+            f"one of the last {policy.keep_last}": snapshot.url in newest,
+            f"every {policy.keep_every}": bool(spacing) and (snapshot.tokens_seen or 0) % spacing == 0,
+            f"younger than {policy.keep_hours} h": policy.keep_hours is not None and age_hours < policy.keep_hours,
+        }
+        found[f"snapshots/{folder_of(snapshot)}"] = [rule for rule, holds in rules.items() if holds]
+    return found
+
+
+def reasons_of_health(snapshots: Sequence[Glance]) -> dict[str, list[str]]:
+    """The newest, to resume from; the newest healthy one; and before the last spike those that recovery merges."""
+    healthy = [snapshot for snapshot in snapshots if snapshot.healthy]
+    found = [(snapshots[-1:], "newest: training resumes here"), (healthy[-1:], "newest healthy")]
+    sick = [i for i, snapshot in enumerate(snapshots) if not snapshot.healthy]
+    if sick:
+        onset = next(i for i in reversed(sick) if i == 0 or snapshots[i - 1].healthy)
+        before = [snapshot for snapshot in snapshots[:onset] if snapshot.healthy]
+        found.append((before[-RECOVERY_COUNT:], "healthy before the last spike"))
+    return join_reasons(*({f"snapshots/{folder_of(s)}": [why] for s in chosen} for chosen, why in found))
+
+
+def reasons_of_starts(starts: Mapping[str, StartPoint], holdings: Iterable[tuple[str, Glance]]) -> dict[str, list[str]]:
+    """Checkpoints that branches (by name) were forked from, by URL or, in a run that was moved, by step and digest."""
+    return {
+        folder: [f"start of branch {name}"]
+        for folder, glance in holdings
+        for name, start in starts.items()
+        if start.url == glance.url or (start.step, start.digest) == (glance.step, glance.digest)
+    }
+
+
+def reasons_of_segments(segments: Sequence[Mapping[str, Any]], snapshots: Sequence[Glance]) -> dict[str, list[str]]:
+    """Where segments that are open began."""
+    starts = {segment["start"]["step"]: segment["segment"] for segment in segments if segment["end"] is None}
+    return {
+        f"snapshots/{folder_of(snapshot)}": [f"start of open segment {starts[snapshot.step]}"]
+        for snapshot in snapshots
+        if snapshot.step in starts
+    }
+
+
+def reasons_of_registered(
+    digests: Collection[str], merges: Iterable[Glance], holdings: Iterable[tuple[str, Glance]]
+) -> dict[str, list[str]]:
+    """Merges that are registered as model versions, and their inputs, from which they can be made again."""
+    inputs: dict[str, str] = {}
+    for merge in merges:
+        if merge.digest in digests:
+            # By name, so that a run that was moved keeps what it needs.
+            places = [checkpoint_name(url) for url in merge.inputs]
+            inputs |= {place[1]: folder_of(merge) for place in places if place is not None}
+    found: dict[str, list[str]] = {}
+    for folder, glance in holdings:
+        if glance.kind == "merged" and glance.digest in digests:
+            found.setdefault(folder, []).append("registered model version")
+        if folder in inputs:
+            found.setdefault(folder, []).append(f"input of registered {inputs[folder]}")
+    return found
+
+
+def join_reasons(*parts: Reasons) -> dict[str, list[str]]:
+    """All reasons of each folder, each once."""
+    joined: dict[str, list[str]] = {}
+    for part in parts:
+        for folder, reasons in part.items():
+            have = joined.setdefault(folder, [])
+            have += [reason for reason in reasons if reason not in have]
+    return joined
+
+
+def folder_of(glance: Glance) -> str:
+    """Name of a checkpoint's own folder."""
+    return glance.url.rsplit("/", 1)[1]
+
+
+def _row(name: str, glance: Glance, keep: Reasons, otherwise: str) -> RetentionRow:
+    reasons = tuple(keep.get(name, ()))
+    return RetentionRow(
+        name=name,
+        url=glance.url,
+        step=glance.step,
+        bytes=0 if glance.kind == "adopted" else glance.bytes,
+        digest=glance.digest,
+        created=glance.created,
+        action="keep" if reasons else "delete",
+        reasons=reasons or (otherwise,),
+    )
