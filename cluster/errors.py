@@ -17,6 +17,10 @@ class StorageDenied(StorageError):
     """Storage lets us read and not write."""
 
 
+class ObjectTruncated(StorageError):
+    """An object ends before the bytes that were asked for: damaged, or still being written."""
+
+
 class StorageFull(StorageError):
     """No space is left; free some and run the same command again."""
 

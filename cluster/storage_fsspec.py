@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import fsspec
 
-from cluster.errors import ObjectExists, ObjectMissing, StorageError
+from cluster.errors import ObjectExists, ObjectMissing, ObjectTruncated, StorageError
 from cluster.storage import ObjectWriter, RangeReader, Store, scheme_of
 from configs.errors import UserError
 
@@ -34,7 +34,7 @@ class MemoryStore(Store):
         with self._mapped_errors(key):
             data = self.fs.cat_file(self._path(key), start=start, end=end) if end > start else b""
         if len(data) != end - start:
-            raise StorageError(
+            raise ObjectTruncated(
                 f"{self.url}/{key}: ends at byte {start + len(data)}, bytes {start} to {end} were asked for"
             )
         assert isinstance(data, bytes)

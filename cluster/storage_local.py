@@ -42,7 +42,7 @@ class LocalStore(Store):
             while len(data) < end - start:
                 more = os.pread(file.fileno(), end - start - len(data), start + len(data))
                 if not more:
-                    raise StorageError(
+                    raise ObjectTruncated(
                         f"{path}: ends at byte {start + len(data)}, bytes {start} to {end} were asked for"
                     )
                 data += more
@@ -151,7 +151,7 @@ class LocalReader:
             while done < len(buffer):
                 length = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
                 if not length:
-                    raise StorageError(
+                    raise ObjectTruncated(
                         f"{self._path}: ends at byte {start + done}, bytes {start} to {start + len(buffer)} were asked for"
                     )
                 done += length

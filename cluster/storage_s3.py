@@ -75,7 +75,7 @@ class S3Store(Store):
                 raise
             found = 0
         if found < len(buffer):
-            raise StorageError(f"{self.url}/{key}: ends before byte {end}, bytes {start} to {end} were asked for")
+            raise ObjectTruncated(f"{self.url}/{key}: ends before byte {end}, bytes {start} to {end} were asked for")
 
     def size(self, key: str) -> int:
         return int(self._head(key)["ContentLength"])

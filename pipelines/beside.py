@@ -83,6 +83,8 @@ class Beside:
             return 0
         outcome = make_merges(self.run, self.config, due, on_ray(self.config, self._cancelled.is_set), self._tell_merge)
         self.activity.pop("merge", None)
+        if outcome.failed:
+            raise next(iter(outcome.failed.values()))
         for name, reason in outcome.held.items():
             logger.info("%s is left to another driver: %s", name, reason)
         if outcome.held and not outcome.merged:

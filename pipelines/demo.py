@@ -128,7 +128,9 @@ def windows_at_end(snapshots: Sequence[Placed], rule: WindowRule) -> list[list[P
 def _compare(driven: Driven) -> dict[str, Any]:
     run, config = driven.run, driven.config
     with timed(run.store, "comparison of N and methods", "evidence"):
-        make_merges(run, config, missing_comparisons(run, config), on_ray(config, lambda: False))
+        outcome = make_merges(run, config, missing_comparisons(run, config), on_ray(config, lambda: False))
+        if outcome.failed:
+            raise next(iter(outcome.failed.values()))
         evaluate_all(run, config, unevaluated(run, config), lambda: False, batch=2)
     return {"merges": [unit.name for unit in comparison_units(driven) if unit.is_done]}
 

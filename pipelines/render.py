@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
+
+from pipelines.status import describe_event
 
 
 def render_demo(result: dict[str, Any]) -> str:
@@ -122,7 +125,13 @@ def render_status(result: dict[str, Any]) -> str:
     lines += [
         f"lease {row['name']}: {row['owner']}, expires in {row['expires_in_seconds']} s" for row in result["leases"]
     ]
+    lines += [f"due {name}" for name in result["due"][:5]]
+    lines += [f"... and {len(result['due']) - 5} more due"] if len(result["due"]) > 5 else []
     lines += [f"branch {name}" for name in result["branches"]]
+    lines += [
+        f"{time.strftime('%m-%d %H:%M:%S', time.localtime(event['time']))} {describe_event(event)}"
+        for event in result["events"]
+    ]
     tracking = result["tracking"]
     lines.append(
         f"tracking {tracking['uri'] or 'off'}: {tracking['lag']} item(s) behind{': ' + tracking['error'] if tracking['error'] else ''}"

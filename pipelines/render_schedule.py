@@ -27,6 +27,7 @@ def render_tick(result: dict[str, Any]) -> str:
     lines = [f"adopted step {row['step']:,} from {row['source']}" for row in result["adopted"]]
     lines += [f"waiting for {row['url']}: {row['reason']}" for row in result["waiting"]]
     lines += [f"merged {url}" for url in result["merged"]]
+    lines += [f"FAILED {row['name']}: {row['reason']}" for row in result["failed"]]
     lines += [f"evaluated {url}" for url in result["evaluated"]]
     return "\n".join(lines + ([result["skipped"]] if result["skipped"] else []))
 

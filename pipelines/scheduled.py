@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.errors import LeaseHeld
+from cluster.errors import LeaseHeld, ObjectMissing, ObjectTruncated
 from cluster.fan_out import fan_out_ray
 from cluster.journal import write_event
 from cluster.lease import Lease
+from configs.errors import UserError
 from configs.load import config_to_dict
 from configs.schema import Config
 from pipelines.merge import RunTasks, merge_lease
 from tasks.checkpoints.dooms import merges_made, names_going
 from tasks.checkpoints.pins import InputCollected, hold_pins
 from tasks.checkpoints.run_folder import RunFolder, Snapshot, snapshot_key
+from tasks.checkpoints.safetensors_header import CheckpointError
 from tasks.checkpoints.tied import open_untied
 from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
 from tasks.merging.merge import MergeReport, execute_merge
@@ -42,6 +44,8 @@ class Round:
     """Merge to who is making it."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Merge to why there was nothing left to do."""
+    failed: dict[str, Exception] = field(default_factory=dict)
+    """Merge to what is wrong with its inputs or output; the others go on."""
 
 
 def make_merges(
@@ -64,6 +68,8 @@ def make_merges(
                 report = merge_window(run, config, merge, run_tasks, lease)
         except LeaseHeld as held:
             outcome.held[merge.name] = str(held)
+        except (CheckpointError, UserError, ObjectMissing, ObjectTruncated) as error:
+            outcome.failed[merge.name] = error
         except InputCollected as collected:
             outcome.skipped[merge.name] = str(collected)
         else:

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from cluster.lease import held_leases
+from cluster.storage import Store
+from configs.load import override_execution
 from pipelines.tracking import bring_up_to_date, open_forwarder
+from tasks.checkpoints.catalog import Catalog, Glance
+from tasks.checkpoints.dooms import merges_made
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
-from tasks.evaluation.held_out import read_evaluation, suite_of
-from tasks.merging.schedule import scheduled_rule
-from tasks.merging.selection import due_windows
+from tasks.evaluation.held_out import evaluation_key, suite_of
+from tasks.merging.schedule import due_merges, schedule_of
+
+NUM_EVENTS = 8
+"""Newest events that are shown."""
+QUIET_EVENTS = ("timing", "evaluations")
+"""Kinds of events that are bookkeeping."""
 
 
-def status(run_url: str) -> dict[str, Any]:
+def status(run_url: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fields of ``pma status --json``. If no driver works on the run, MLflow is brought up to date first."""
     run = RunFolder(run_url)
-    config = run.identity().config
+    config = override_execution(run.identity().config, overrides)
     leases = held_leases(run.store, time.time())
+    catalog = Catalog(run.store)
+    catalog.refresh()
+    losses = catalog.losses(lambda key: float(json.loads(run.store.read(key))["loss"]))
     suite = suite_of(config)
 
-    def loss_of(digest: str) -> float | None:
-        evaluation = read_evaluation(run.store, digest, suite)
-        return evaluation.loss if evaluation else None
+    def loss_of(glance: Glance) -> float | None:
+        return losses.get(evaluation_key(glance.digest, suite))
 
-    rule = scheduled_rule(config)
-    snapshots, merged = run.snapshots(), run.merged()
+    snapshots, merged = catalog.snapshots(), catalog.merged()
+    due = due_merges(snapshots, schedule_of(config), merges_made(run.store, merged))
     return {
         "run": run.url,
         "name": config.name,
@@ -33,32 +46,99 @@ def status(run_url: str) -> dict[str, Any]:
         "snapshots": [
             {
                 "step": s.step,
-                "tokens_seen": s.manifest.tokens_seen,
+                "tokens_seen": s.tokens_seen,
                 "url": s.url,
-                "digest": s.manifest.digest,
-                "healthy": s.manifest.healthy,
-                "phase": s.manifest.phase,
-                "loss": loss_of(s.manifest.digest),
+                "digest": s.digest,
+                "healthy": s.healthy,
+                "phase": s.phase,
+                "loss": loss_of(s),
             }
             for s in snapshots
         ],
         "merged": [
             {
                 "name": name,
-                "url": f"{run.url}/merged/{name}",
-                "digest": manifest.digest,
-                "method": manifest.merge.method if manifest.merge else None,
-                "inputs": [item.url for item in manifest.merge.inputs] if manifest.merge else [],
-                "loss": loss_of(manifest.digest),
+                "url": m.url,
+                "digest": m.digest,
+                "method": m.method,
+                "inputs": list(m.inputs),
+                "loss": loss_of(m),
             }
-            for name, manifest in merged.items()
+            for name, m in merged.items()
         ],
         "segments": run.segments(),
         "branches": run.branches(),
         "leases": leases,
-        "due": [rule.name_at(window[-1].manifest) for window in due_windows(snapshots, rule, set(merged))],
+        "due": [merge.name for merge in due],
+        "events": newest_events(run.store),
         "tracking": tracking_status(run, is_driven=any(row["name"] == RUN_LEASE for row in leases)),
     }
+
+
+def follow(
+    run_url: str,
+    *,
+    tell: Callable[[str], None],
+    every_seconds: float = 5.0,
+    overrides: tuple[str, ...] = (),
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Tell a line for everything that happens to the run, until it is trained and nothing is due; returns its status then."""
+    stop = stop or threading.Event()
+    before = status(run_url, overrides)
+    while not is_finished(before) and not stop.wait(every_seconds):
+        now = status(run_url, overrides)
+        for line in describe_news(before, now):
+            tell(f"{time.strftime('%H:%M:%S')} {line}")
+        before = now
+    return before
+
+
+def is_finished(result: dict[str, Any]) -> bool:
+    """Whether the last step is committed, nothing is due and nobody works on the run."""
+    snapshots = result["snapshots"]
+    is_trained = bool(snapshots) and snapshots[-1]["step"] >= result["total_steps"]
+    return is_trained and not result["due"] and not result["leases"]
+
+
+def describe_news(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What ``now`` has that ``before`` had not, a line each."""
+    seen = {s["url"] for s in before["snapshots"]}
+    lines = [
+        f"snapshot step {s['step']:,} ({s['phase']}{'' if s['healthy'] else ', UNHEALTHY'})"
+        for s in now["snapshots"]
+        if s["url"] not in seen
+    ]
+    old = {m["name"] for m in before["merged"]}
+    lines += [f"merged {m['name']}" for m in now["merged"] if m["name"] not in old]
+    known = {(row["name"], row["owner"]) for row in before["leases"]}
+    lines += [f"lease {r['name']} taken by {r['owner']}" for r in now["leases"] if (r["name"], r["owner"]) not in known]
+    for number, segment in enumerate(now["segments"]):
+        was = before["segments"][number] if number < len(before["segments"]) else None
+        if was is None:
+            lines.append(f"segment {segment['segment']}: {segment['cause']}, from step {segment['start']['step']:,}")
+        if segment["end"] and (was is None or not was["end"]):
+            lines.append(
+                f"segment {segment['segment']} ended at step {segment['end']['step']:,}: {segment['end']['reason']}"
+            )
+    told = {event["key"] for event in before["events"]}
+    lines += [describe_event(event) for event in now["events"] if event["key"] not in told and event["kind"] != "merge"]
+    return lines
+
+
+def newest_events(store: Store) -> list[dict[str, Any]]:
+    """The newest events that are more than bookkeeping, oldest first."""
+    keys = [key for key in store.keys("events") if not key.removesuffix(".json").endswith(QUIET_EVENTS)]
+    return [{"key": key, **json.loads(store.read(key))} for key in keys[-NUM_EVENTS:]]
+
+
+def describe_event(event: dict[str, Any]) -> str:
+    """One line about an event: its kind and its short fields."""
+    details = {
+        k: v for k, v in event.items() if k not in ("key", "kind", "time") and isinstance(v, (str, int, float, bool))
+    }
+    shown = ", ".join(f"{k} {round(v, 3) if isinstance(v, float) else v}" for k, v in details.items())
+    return f"{event['kind']}: {shown[:200]}"
 
 
 def tracking_status(run: RunFolder, *, is_driven: bool) -> dict[str, Any]:

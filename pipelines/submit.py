@@ -32,6 +32,8 @@ URL_METAVAR = re.compile(r"URL|DIR|PATTERN")
 EXECUTION_OPTIONS = ("as_json", "debug", "workers", "memory_budget", "config_name", "overrides")
 """Options that do not tell one piece of work from another; a configuration counts by its identity."""
 KEY_CHARACTERS = 8
+SAYS = "pma: "
+"""How a command's errors begin on stderr (:func:`pipelines.console.report_failure`)."""
 HINTS = {
     EXIT_USAGE: "correct the command as it says",
     EXIT_LEASE_HELD: "another driver works on it; run the same command again later",
@@ -84,7 +86,7 @@ def submit(
         return details
     transcript = Transcript(sys.stderr)
     state = _follow(server, job.submission_id, submission, transcript)
-    _require_success(job.submission_id, submission, state, transcript.answer)
+    _require_success(job.submission_id, submission, state, transcript)
     return {**transcript.answer, **details, "exit_code": EXIT_DONE}
 
 
@@ -136,11 +138,12 @@ def build_runtime_env(working_dir: str | None, runtime_env_json: str | None, env
 
 
 class Transcript:
-    """Shows a job's log on ``out`` and keeps the last JSON object that it printed."""
+    """Shows a job's log on ``out`` and keeps what the pipeline said at its end: its JSON object, its complaint."""
 
     def __init__(self, out: TextIO) -> None:
         self.out = out
         self.answer: dict[str, Any] = {}
+        self.complaint = ""
         self._line = ""
 
     def write(self, text: str) -> None:
@@ -151,6 +154,8 @@ class Transcript:
         for line in lines:
             if line.startswith("{"):
                 self._keep(line)
+            elif line.startswith(SAYS):
+                self.complaint = line.removeprefix(SAYS)
 
     def _keep(self, line: str) -> None:
         try:
@@ -163,7 +168,7 @@ class Transcript:
 
 def say(message: str) -> None:
     """One line about the job, apart from its own output."""
-    sys.stderr.write(f"pma: {message}\n")
+    sys.stderr.write(f"{SAYS}{message}\n")
     sys.stderr.flush()
 
 
@@ -181,7 +186,7 @@ def _follow(server: JobServer, submission_id: str, submission: Submission, trans
         ) from None
 
 
-def _require_success(submission_id: str, submission: Submission, state: JobState, answer: dict[str, Any]) -> None:
+def _require_success(submission_id: str, submission: Submission, state: JobState, transcript: Transcript) -> None:
     """:class:`JobFailed` with the pipeline's own exit code, unless it is 0."""
     code = _exit_code(state, submission)
     if code == EXIT_DONE:
@@ -190,10 +195,9 @@ def _require_success(submission_id: str, submission: Submission, state: JobState
         seen = "it was stopped"
     elif state.exit_code is None:
         seen = f"Ray says {' '.join(state.message.split())[:500]}"
-    elif "error" in answer:
-        seen = f"{answer['error']}: {answer.get('message', '')}"
     else:
-        seen = f"its driver ended with {state.exit_code}"
+        said = f": {transcript.complaint}" if transcript.complaint else ""
+        seen = f"its driver ended with exit code {state.exit_code}{said}"
     raise JobFailed(f"job {submission_id}: {seen}; {HINTS[code]}", code)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.errors import LeaseHeld, StorageError
@@ -17,12 +17,12 @@ from configs.load import config_to_dict, override_execution
 from configs.schema import Config
 from pipelines.adopt import SOURCES, Growth, adopt_new
 from pipelines.merge import require_workers, task_runner
-from pipelines.scheduled import make_merges
+from pipelines.scheduled import Round, make_merges
 from tasks.checkpoints.catalog import Catalog, Glance
 from tasks.checkpoints.dooms import merges_made
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
-from tasks.merging.schedule import describe_schedule, due_merges, is_evaluated, schedule_of
+from tasks.merging.schedule import DueMerge, describe_schedule, due_merges, is_evaluated, schedule_of
 
 ADOPT_LEASE = "adopt"
 EVALUATE_LEASE = "evaluate"
@@ -33,8 +33,9 @@ def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local
     """Adopt what another trainer has completed, make the merges that are due, evaluate those; then end.
 
     What is due follows from committed manifests alone: after downtime all of it is caught up, and ticks that run at once
-    share the work, each merge being made by one of them. Raises :class:`cluster.errors.LeaseHeld` if all that is due is
-    being made by others. Returns the fields of ``pma tick --json``.
+    share the work, each merge being made by one of them. A merge whose inputs are damaged is named under ``failed`` and keeps
+    no other from being made. Raises :class:`cluster.errors.LeaseHeld` if all that is due is being made by others. Returns
+    the fields of ``pma tick --json``.
     """
     started = time.perf_counter()
     require_workers(workers)
@@ -45,25 +46,21 @@ def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local
     catalog.refresh()
     growth = _adopt(run, catalog)
     due = due_merges(catalog.snapshots(), rows, merges_made(run.store, catalog.merged()))
-    merged: list[str] = []
-    skipped = {} if due else {"schedule": describe_schedule(catalog.snapshots(), rows)}
+    outcome = _merge(run, config, due, workers)
     if due:
-        with task_runner(
-            workers, [run.url, *(snapshot.url for merge in due for snapshot in merge.window)]
-        ) as run_tasks:
-            outcome = make_merges(run, config, due, run_tasks)
-        merged, skipped = outcome.merged, outcome.skipped | outcome.held
         catalog.refresh()
-        if outcome.held and not merged and not growth.adopted:
-            raise LeaseHeld("; ".join(outcome.held.values()))
-    evaluated = _evaluate(run, config, catalog, workers)
+    if outcome.held and not outcome.merged and not outcome.failed and not growth.adopted:
+        raise LeaseHeld("; ".join(outcome.held.values()))
+    reasons = [*outcome.skipped.values(), *outcome.held.values()]
     return {
         "run": run.url,
-        "merged": merged,
-        "skipped": "; ".join(skipped.values()) or None,
+        "ok": not outcome.failed,
+        "merged": outcome.merged,
+        "skipped": "; ".join(reasons) or (None if due else describe_schedule(catalog.snapshots(), rows)),
+        "failed": [{"name": name, "reason": str(error)} for name, error in outcome.failed.items()],
         "adopted": growth.adopted,
         "waiting": [{"url": url, "reason": reason} for url, reason in growth.waiting.items()],
-        "evaluated": evaluated,
+        "evaluated": _evaluate(run, config, catalog, workers),
         "seconds": round(time.perf_counter() - started, 3),
     }
 
@@ -106,6 +103,7 @@ def describe_round(number: int, answer: dict[str, Any]) -> str:
     """One line about a tick."""
     done = [f"merged {url.rpartition('/')[2]}" for url in answer["merged"]]
     done += [f"adopted step {row['step']}" for row in answer["adopted"]]
+    done += [f"FAILED {row['name']}: {row['reason']}" for row in answer["failed"]]
     done += [f"waiting for {row['url']}: {row['reason']}" for row in answer["waiting"]]
     return f"round {number}: " + ("; ".join(done) or str(answer["skipped"] or "nothing is due"))
 
@@ -119,6 +117,14 @@ def is_complete(run_url: str) -> bool:
     snapshots = catalog.snapshots()
     ended = bool(snapshots) and (snapshots[-1].tokens_seen or 0) >= config.training.total_tokens
     return ended and not due_merges(snapshots, schedule_of(config), merges_made(run.store, catalog.merged()))
+
+
+def _merge(run: RunFolder, config: Config, due: Sequence[DueMerge[Glance]], workers: str) -> Round:
+    if not due:
+        return Round()
+    inputs = dict.fromkeys(snapshot.url for merge in due for snapshot in merge.window)
+    with task_runner(workers, [run.url, *inputs]) as run_tasks:
+        return make_merges(run, config, due, run_tasks)
 
 
 def _adopt(run: RunFolder, catalog: Catalog) -> Growth:

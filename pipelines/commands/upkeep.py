@@ -13,14 +13,22 @@ from pipelines.render import render_status
 
 @click.command()
 @click.option("--run", "run_url", required=True, metavar="URL", help="Run folder.")
+@click.option("--follow", is_flag=True, help="Go on telling what happens, until the run is trained and merged.")
+@click.option(
+    "--every", "every_seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, metavar="SECONDS"
+)
 @common
-def status(run_url: str, as_json: bool, debug: bool) -> int:
+def status(run_url: str, follow: bool, every_seconds: float, as_json: bool, debug: bool) -> int:
     """Snapshots, merges done and due, segments, leases, tracking lag: from the run folder alone."""
 
     def work() -> dict[str, Any]:
-        from pipelines.status import status as story
+        from pipelines import status as story
 
-        return story(run_url)
+        if not follow:
+            return story.status(run_url)
+        if not as_json:
+            click.echo(render_status(story.status(run_url)), err=True)
+        return story.follow(run_url, every_seconds=every_seconds, tell=lambda line: click.echo(line, err=True))
 
     return run_command(work, render_status, as_json=as_json, debug=debug)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import ObjectMissing
+from cluster.errors import ObjectMissing, StorageError
 from cluster.fan_out import fan_out_local
 from cluster.storage import Store
 from configs.typed import parse_record
@@ -23,6 +25,7 @@ CATALOG_KEY = "cache/catalog.json"
 FORMAT_VERSION = 1
 NUM_READERS = 8
 """Manifests read at once."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +63,12 @@ class Catalog:
         self.store = store
         self._rows: dict[str, tuple[str, Glance]] = {}
         """Folder below the run to the manifest's version and what it says."""
+        self._losses: dict[str, float] = {}
         self._is_read = False
 
     def refresh(self) -> None:
         """Look for what was committed or removed since; two listings, and one read per new manifest."""
-        if not self._is_read:
-            self._rows, self._is_read = self._read_cache(), True
+        self._require_cache()
         folders = [f"{part}/{name}" for part in ("snapshots", "merged") for name in self.store.folders(part)]
         known = {folder: self._rows[folder] for folder in folders if folder in self._rows and self._is_current(folder)}
         new = fan_out_local(self._look, [f for f in folders if f not in known], num_workers=NUM_READERS)
@@ -73,6 +76,18 @@ class Catalog:
         if rows != self._rows:
             self._rows = rows
             self._write_cache()
+
+    def losses(self, read: Callable[[str], float]) -> dict[str, float]:
+        """Held-out loss of every evaluation record of the run, by key; ``read`` is asked for those that are new."""
+        self._require_cache()
+        keys = self.store.keys("evaluations")
+        new = [key for key in keys if key not in self._losses]
+        found = {key: loss for key, loss in self._losses.items() if key in set(keys)}
+        found |= dict(fan_out_local(lambda key: (key, read(key)), new, num_workers=NUM_READERS))
+        if found != self._losses:
+            self._losses = found
+            self._write_cache()
+        return found
 
     def snapshots(self) -> list[Glance]:
         """Snapshots by step, as of the last :meth:`refresh`."""
@@ -106,25 +121,34 @@ class Catalog:
         manifest = parse_manifest(data, f"{self.store.url}/{key}")
         return folder, (version, glance_at(manifest, f"{self.store.url}/{folder}"))
 
-    def _read_cache(self) -> dict[str, tuple[str, Glance]]:
+    def _require_cache(self) -> None:
+        if self._is_read:
+            return
+        self._is_read = True
         data = self.store.read_if_present(CATALOG_KEY)
         if data is None:
-            return {}
+            return
         try:
             values = json.loads(data)
-            if values["format_version"] != FORMAT_VERSION or values["fingerprint"] != fingerprint(values["rows"]):
-                return {}
-            return {
-                folder: (version, parse_record(Glance, {**glance, "url": f"{self.store.url}/{folder}"}))
-                for folder, (version, glance) in values["rows"].items()
-            }
+            if values["format_version"] == FORMAT_VERSION and values["fingerprint"] == fingerprint(values["content"]):
+                content = values["content"]
+                self._rows = {
+                    folder: (version, parse_record(Glance, {**glance, "url": f"{self.store.url}/{folder}"}))
+                    for folder, (version, glance) in content["rows"].items()
+                }
+                self._losses = {str(key): float(loss) for key, loss in content["losses"].items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            return {}
+            self._rows, self._losses = {}, {}
 
     def _write_cache(self) -> None:
         rows = {folder: [version, _without_url(glance)] for folder, (version, glance) in sorted(self._rows.items())}
-        values = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(rows), "rows": rows}
-        self.store.put(CATALOG_KEY, json.dumps(values).encode())
+        content = {"rows": rows, "losses": self._losses}
+        values = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(content), "content": content}
+        try:
+            self.store.put(CATALOG_KEY, json.dumps(values).encode())
+        except StorageError as error:
+            # A bucket that may only be read can be looked at; it takes longer without the cache.
+            logger.info("the catalog of %s was not kept: %s", self.store.url, error)
 
 
 def glance_at(manifest: Manifest, url: str) -> Glance:

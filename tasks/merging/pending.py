@@ -42,8 +42,10 @@ def _can_still_serve(tokens: int, newest: int, row: ScheduleRow, last_tokens: in
     """Whether a window that ends after ``newest`` takes the snapshot at ``tokens``."""
     for back in range(1, row.rule.count):
         end = tokens + back * row.rule.interval_tokens
-        is_possible = newest < end and (last_tokens is None or end <= last_tokens)
-        if is_possible and row.ends_at(_End(end)) and back < row.rule.shortened(end).count:
+        rule = row.rule.shortened(end)
+        is_to_come = newest < end and (last_tokens is None or end <= last_tokens)
+        fits = back < rule.count and end > (rule.count - 1) * rule.interval_tokens
+        if is_to_come and fits and row.ends_at(_End(end)):
             return True
     return False
 
