@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.errors import ObjectExists, ObjectMissing, StorageDenied, StorageError, StorageFull
+from cluster.errors import ObjectExists, ObjectMissing, ObjectTruncated, StorageDenied, StorageError, StorageFull
 from cluster.storage import Store
 
 PARTIAL_SUFFIX = ".part"
