@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from botocore.exceptions import ClientError
 
-from cluster.errors import ObjectExists, ObjectMissing, StorageError
+from cluster.errors import ObjectExists, ObjectMissing, ObjectTruncated, StorageError
 from cluster.storage import ObjectWriter, Store
 from cluster.storage_s3_client import (
     BROKEN_BODY,
