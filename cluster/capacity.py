@@ -41,7 +41,7 @@ def require_cpus(num_cpus: int, purpose: str) -> None:
     message = f"{purpose}: needs {num_cpus} CPUs at once, the cluster has {has}"
     if lost:
         raise GangFailed(
-            f"{message} since {lost} nodes were lost; add nodes and run the same command again to continue"
+            f"{message} since {lost} node(s) were lost; add nodes and run the same command again to continue"
         )
     raise UserError(f"{message}; add nodes, or ask for less (training.num_workers=..., merge.num_workers=...)")
 

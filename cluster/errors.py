@@ -42,11 +42,12 @@ class ClusterUnreachable(Exception):
 
 
 class JobFailed(Exception):
-    """A submitted job ended without success; the process ends with the pipeline's own exit code."""
+    """A submitted job ended without success; the process ends with the pipeline's own exit code and JSON object."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, answer: dict[str, object] | None = None) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.answer = answer or {}
 
 
 class JobDetached(KeyboardInterrupt):

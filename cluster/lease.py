@@ -97,6 +97,7 @@ class Lease:
         self.clock = clock
         self.pins = pins
         self.token = secrets.token_hex(8)
+        self.was_given_back = False
         self._lost = threading.Event()
         self._held: bytes | None = None
 
@@ -140,7 +141,7 @@ class Lease:
         """Give the lease back; a lost one is left alone."""
         if self._held is not None:
             record = self._record(released=True)
-            self.store.replace(lease_key(self.name), record.encode(), self._held)
+            self.was_given_back = self.store.replace(lease_key(self.name), record.encode(), self._held)
             self._held = None
 
     def renew_until(self, stop: threading.Event, on_lost: Callable[[], None]) -> None:
@@ -181,9 +182,11 @@ class Lease:
         )
 
 
-def check_token(store: Store, name: str, token: str, now: float) -> None:
-    """Raise :class:`LeaseLost` unless the lease ``name`` still carries ``token`` and has not expired at ``now``."""
-    _require_in_force(store, name, store.read_if_present(lease_key(name)), token, now)
+def check_token(store: Store, name: str, token: str, clock: Callable[[], float] = time.time) -> None:
+    """Raise :class:`LeaseLost` unless the lease ``name`` still carries ``token`` and has not expired by ``clock``."""
+    data = store.read_if_present(lease_key(name))
+    # The clock is read after the answer came: a slow one must not pass for a fresh one.
+    _require_in_force(store, name, data, token, clock())
 
 
 def _require_in_force(store: Store, name: str, data: bytes | None, token: str, now: float) -> None:

@@ -19,6 +19,7 @@ from configs.urls import require_no_credentials
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}")
 CREATE_IF_ABSENT_SCHEMES = ("memory", "s3")
+WEAK_STORAGE_VARIABLE = "PMA_ALLOW_WEAK_STORAGE"
 
 
 class ObjectWriter(Protocol):
@@ -146,10 +147,7 @@ def open_store(url: str) -> Store:
 
         return LocalStore(local_path(url))
     if scheme not in CREATE_IF_ABSENT_SCHEMES:
-        raise UserError(
-            f"storage scheme {scheme!r} is not supported: a commit needs create-if-absent. "
-            f"Use a path, file://, {' or '.join(f'{s}://' for s in CREATE_IF_ABSENT_SCHEMES)}"
-        )
+        return _open_weak(scheme, url)
     if scheme == "s3":
         from cluster.storage_s3 import S3Store
 
@@ -157,6 +155,43 @@ def open_store(url: str) -> Store:
     from cluster.storage_fsspec import MemoryStore
 
     return MemoryStore(url.rstrip("/"))
+
+
+def _open_weak(scheme: str, url: str) -> Store:
+    """Storage of any fsspec scheme, if the user accepts that two drivers are not kept apart there."""
+    if os.environ.get(WEAK_STORAGE_VARIABLE) != "1":
+        raise UserError(
+            f"storage scheme {scheme!r} is not supported: a commit needs create-if-absent. "
+            f"Use a path, file://, {' or '.join(f'{s}://' for s in CREATE_IF_ABSENT_SCHEMES)}; or, if you see to it that "
+            f"one driver at a time works on the run, set {WEAK_STORAGE_VARIABLE}=1 for the driver and its workers"
+        )
+    from cluster.storage_fsspec import WeakStore
+
+    try:
+        return WeakStore(url.rstrip("/"))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"storage scheme {scheme!r} cannot be opened: {error}") from None
+
+
+def require_create_if_absent(store: Store, key: str, data: bytes) -> None:
+    """Check that storage refuses to create ``key``, which this process just created with ``data``, a second time.
+
+    Some S3 servers ignore the condition without a word. Raises :class:`UserError`, unless
+    ``PMA_ALLOW_WEAK_STORAGE=1``; what was created is taken away again.
+    """
+    from cluster.errors import ObjectExists
+
+    try:
+        store.create(key, data)
+    except ObjectExists:
+        return
+    if os.environ.get(WEAK_STORAGE_VARIABLE) == "1":
+        return
+    store.delete(key)
+    raise UserError(
+        f"{store.url}: this storage ignores create-if-absent (If-None-Match), so two drivers could both commit; use one "
+        f"that honours it or, if you see to it that one driver at a time works on the run, set {WEAK_STORAGE_VARIABLE}=1"
+    )
 
 
 def scheme_of(url: str) -> str:

@@ -13,16 +13,20 @@ from cluster.errors import ObjectExists, ObjectMissing, ObjectTruncated, Storage
 from cluster.storage import ObjectWriter, RangeReader, Store, scheme_of
 from configs.errors import UserError
 
-_memory_guard = threading.Lock()
+_guard = threading.Lock()
+OPTIONS: dict[str, dict[str, bool]] = {"local": {"auto_mkdir": True}}
+"""Arguments of file systems that need some."""
 
 
-class MemoryStore(Store):
-    """Objects in the memory of this process."""
+class FsspecStore(Store):
+    """Objects of an fsspec file system; :meth:`create` and :meth:`replace` are atomic among threads of this process alone."""
 
     def __init__(self, url: str) -> None:
+        scheme = scheme_of(url)
         self.url = url
-        self.fs = fsspec.filesystem("memory")
-        self._root = "/" + url.removeprefix("memory://").strip("/")
+        # A cached listing would hide what other machines commit.
+        self.fs = fsspec.filesystem(scheme, use_listings_cache=False, **OPTIONS.get(scheme, {}))
+        self._root = self.fs._strip_protocol(url).rstrip("/")
 
     def read(self, key: str) -> bytes:
         with self._mapped_errors(key):
@@ -41,7 +45,7 @@ class MemoryStore(Store):
         return data
 
     def open_reader(self, key: str) -> RangeReader:
-        return MemoryReader(self, key)
+        return FsspecReader(self, key)
 
     def size(self, key: str) -> int:
         with self._mapped_errors(key):
@@ -50,7 +54,8 @@ class MemoryStore(Store):
     def version(self, key: str) -> str:
         with self._mapped_errors(key):
             info = self.fs.info(self._path(key))
-        return f"{info['size']}-{info['created']}"
+        # What file systems call it differs.
+        return "-".join(str(info.get(name)) for name in ("size", "etag", "ETag", "generation", "mtime", "created"))
 
     def keys(self, prefix: str = "") -> list[str]:
         base = self._path(prefix) if prefix else self._root
@@ -72,7 +77,7 @@ class MemoryStore(Store):
 
     def create(self, key: str, data: bytes) -> None:
         # fsspec checks and writes in two steps.
-        with _memory_guard, self._mapped_errors(key):
+        with _guard, self._mapped_errors(key):
             if self.fs.exists(self._path(key)):
                 raise ObjectExists(f"{self.url}/{key} exists already")
             self.fs.pipe_file(self._path(key), data)
@@ -84,7 +89,7 @@ class MemoryStore(Store):
         self.create(key, buffer.getvalue())
 
     def replace(self, key: str, data: bytes, expected: bytes) -> bool:
-        with _memory_guard:
+        with _guard:
             if self.read_if_present(key) != expected:
                 return False
             self.put(key, data)
@@ -112,10 +117,38 @@ class MemoryStore(Store):
             raise StorageError(f"{self.url}/{key}: {error}") from error
 
 
-class MemoryReader:
+class MemoryStore(FsspecStore):
+    """Objects in the memory of this process, where its threads are all that can race."""
+
+
+class WeakStore(FsspecStore):
+    """Storage whose create-if-absent fsspec does not promise: two drivers of one instant may both believe that they won.
+
+    Opened only where the user accepts that with ``PMA_ALLOW_WEAK_STORAGE=1`` and sees to one driver at a time.
+    """
+
+    @property
+    def reads_ahead(self) -> bool:
+        return True
+
+    @contextmanager
+    def create_stream(self, key: str) -> Iterator[ObjectWriter]:
+        if self.exists(key):
+            raise ObjectExists(f"{self.url}/{key} exists already")
+        with self._mapped_errors(key):
+            file = self.fs.open(self._path(key), "wb")
+            try:
+                yield file
+            except BaseException:
+                file.discard()
+                raise
+            file.close()
+
+
+class FsspecReader:
     """Ranged reads of one object."""
 
-    def __init__(self, store: MemoryStore, key: str) -> None:
+    def __init__(self, store: FsspecStore, key: str) -> None:
         self._store, self._key = store, key
 
     def read_into(self, start: int, buffer: memoryview) -> None:

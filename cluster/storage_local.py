@@ -112,6 +112,12 @@ class LocalStore(Store):
             self._path(key).unlink(missing_ok=True)
             self._path(f"{key}{GUARD_SUFFIX}").unlink(missing_ok=True)
 
+    def abandon_uploads(self) -> int:
+        left = [path for path in self.root.rglob(f".*{PARTIAL_SUFFIX}") if path.is_file()]
+        for path in left:
+            path.unlink(missing_ok=True)
+        return len(left)
+
     def prune(self, prefix: str) -> None:
         folders = [Path(folder) for folder, _, _ in os.walk(self._path(prefix), topdown=False)]
         # rmdir refuses a folder that holds anything.

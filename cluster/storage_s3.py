@@ -154,6 +154,13 @@ class S3Store(Store):
             raise
         return sum(discard_upload(client(), self.bucket, self._path(key), upload) for key, upload in unfinished)
 
+    def prune(self, prefix: str) -> None:
+        # Some servers keep an object "folder/" for a folder that was emptied, and list it as one.
+        for name in self.folders(prefix):
+            self.prune(f"{prefix}/{name}")
+        with mapped_errors(f"{self.url}/{prefix}"):
+            client().delete_object(Bucket=self.bucket, Key=self._folder(prefix))
+
     def unfinished_uploads(self) -> list[tuple[str, str]]:
         """Key and upload id of every multipart upload below this root that was neither completed nor aborted."""
         start = len(self._folder(""))

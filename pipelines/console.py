@@ -31,7 +31,7 @@ def run_command(work: Callable[[], dict[str, Any]], render: Render, *, as_json: 
     except Exception as error:  # noqa: BLE001  the process edge: every failure becomes a message and an exit code
         if debug:
             traceback.print_exc()
-        report_failure(type(error).__name__, str(error), answer if as_json else None)
+        report_failure(type(error).__name__, str(error), answer if as_json else None, answer_of(error))
         return exit_code_of(error)
     print(json.dumps(result, allow_nan=False) if as_json else render(result), file=answer, flush=True)
     return EXIT_FAILED if result.get("ok") is False else EXIT_DONE
@@ -59,10 +59,17 @@ def exit_code_of(error: BaseException) -> int:
     return EXIT_FAILED
 
 
-def report_failure(kind: str, message: str, answer: TextIO | None) -> None:
-    """Say what failed on stderr; with ``--json`` (an ``answer`` stream) also as one object."""
+def answer_of(error: BaseException) -> dict[str, object]:
+    """What the pipeline of a failed job answered itself: it stands for the failure."""
+    from cluster.errors import JobFailed
+
+    return error.answer if isinstance(error, JobFailed) else {}
+
+
+def report_failure(kind: str, message: str, answer: TextIO | None, details: dict[str, object] | None = None) -> None:
+    """Say what failed on stderr; with ``--json`` (an ``answer`` stream) also as one object, with ``details``."""
     if answer is not None:
-        print(json.dumps({"error": kind, "message": message}), file=answer, flush=True)
+        print(json.dumps({"error": kind, "message": message, **(details or {})}), file=answer, flush=True)
     print(f"pma: {message or kind}", file=sys.stderr, flush=True)
 
 

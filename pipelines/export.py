@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from cluster.storage import open_store
 from configs.errors import UserError
-from pipelines.merge import carry_out, describe, require_workers
+from pipelines.merge import carry_out, describe, merge_lease, require_workers
 from pipelines.merge_request import parse_bytes
+from tasks.checkpoints.pins import hold_pins
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.tied import without_tied
 from tasks.merging.kernel import recode
@@ -43,12 +44,13 @@ def export(
     if format_ == "dcp":
         from tasks.checkpoints.dcp_writer import write_dcp
 
-        written = write_dcp(
-            checkpoint,
-            target,
-            encode=functools.partial(recode, wanted=DTYPE_NAMES[dtype] if dtype else None),
-            shard_bytes=shard_bytes,
-        )
+        with hold_pins([checkpoint]), merge_lease(target):
+            written = write_dcp(
+                checkpoint,
+                target,
+                encode=functools.partial(recode, wanted=DTYPE_NAMES[dtype] if dtype else None),
+                shard_bytes=shard_bytes,
+            )
         return {"url": url, "output": target, "format": format_, "tied": [], "notes": [], **written}
     untied = without_tied(checkpoint)
     plan = plan_merge([untied], MethodChoice(method="sma"), output_url=target, dtype=dtype, shard_bytes=shard_bytes)

@@ -32,7 +32,8 @@ def merge(request: MergeRequest, *, dry_run: bool = False, moe_report: bool = Fa
     if request.method in EVALUATED_METHODS:
         from pipelines.merge_search import choose_by_evaluation
 
-        chosen = choose_by_evaluation(request, chosen, dry_run=dry_run)
+        with hold_pins([] if dry_run else chosen.inputs):
+            chosen = choose_by_evaluation(request, chosen, dry_run=dry_run)
     plans = build_plans(request, chosen)
     extra = _extra(chosen, moe_report=moe_report)
     standing = [find_standing(plan) for plan in plans]
@@ -120,9 +121,15 @@ def merge_lease(output_url: str) -> Iterator[Lease]:
         if lease.is_lost():
             raise LeaseLost(f"another driver took over the merge at {output_url}; nothing was published") from None
         raise
+    except UserError:
+        # A folder that is refused is left as it was found.
+        if lease.was_given_back and not in_run:
+            store.delete(lease_key(lease_name))
+        raise
     # What is published needs no lease any more: whoever takes it finds the merge standing. A plain Hugging Face folder
     # stays one, and a run with thousands of merges has few leases to look at.
-    store.delete(lease_key(lease_name))
+    if lease.was_given_back:
+        store.delete(lease_key(lease_name))
 
 
 def require_workers(workers: str) -> None:

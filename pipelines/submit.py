@@ -29,8 +29,8 @@ from pipelines.console import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LEA
 JOB_ENVIRONMENT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30", "OMP_NUM_THREADS": "1"}
 NOT_SUBMITTED = ("submit", "config")
 URL_METAVAR = re.compile(r"URL|DIR|PATTERN")
-EXECUTION_OPTIONS = ("as_json", "debug", "workers", "memory_budget", "config_name", "overrides")
-"""Options that do not tell one piece of work from another; a configuration counts by its identity."""
+EXECUTION_OPTIONS = {"as_json", "debug", "workers", "memory_budget", "every_seconds"}
+"""Options that do not tell one piece of work from another."""
 KEY_CHARACTERS = 8
 SAYS = "pma: "
 """How a command's errors begin on stderr (:func:`pipelines.console.report_failure`)."""
@@ -86,7 +86,7 @@ def submit(
         return details
     transcript = Transcript(sys.stderr)
     state = _follow(server, job.submission_id, submission, transcript)
-    _require_success(job.submission_id, submission, state, transcript)
+    _require_success(details, submission, state, transcript)
     return {**transcript.answer, **details, "exit_code": EXIT_DONE}
 
 
@@ -186,8 +186,8 @@ def _follow(server: JobServer, submission_id: str, submission: Submission, trans
         ) from None
 
 
-def _require_success(submission_id: str, submission: Submission, state: JobState, transcript: Transcript) -> None:
-    """:class:`JobFailed` with the pipeline's own exit code, unless it is 0."""
+def _require_success(details: dict[str, Any], submission: Submission, state: JobState, transcript: Transcript) -> None:
+    """:class:`JobFailed` with the pipeline's own exit code and answer, unless it succeeded."""
     code = _exit_code(state, submission)
     if code == EXIT_DONE:
         return
@@ -198,7 +198,8 @@ def _require_success(submission_id: str, submission: Submission, state: JobState
     else:
         said = f": {transcript.complaint}" if transcript.complaint else ""
         seen = f"its driver ended with exit code {state.exit_code}{said}"
-    raise JobFailed(f"job {submission_id}: {seen}; {HINTS[code]}", code)
+    answer = {**transcript.answer, **details, "exit_code": code}
+    raise JobFailed(f"job {details['submission_id']}: {seen}; {HINTS[code]}", code, answer)
 
 
 def _exit_code(state: JobState, submission: Submission) -> int:
@@ -271,11 +272,13 @@ def _require_durable(url: str) -> None:
 def _key(name: str, parameters: Mapping[str, Any]) -> str:
     """Digest of what determines the work: command, URLs, options, and the configuration's identity."""
     identity: dict[str, Any] = {"command": name}
+    left_out = set(EXECUTION_OPTIONS)
     if parameters.get("config_name"):
+        left_out |= {"config_name", "overrides"}
         config = load_config(parameters["config_name"], tuple(parameters.get("overrides") or ())).config
         identity["config"] = identity_of(config)
     for key, value in parameters.items():
-        if key not in EXECUTION_OPTIONS:
+        if key not in left_out:
             identity[key] = value.rstrip("/") if isinstance(value, str) else value
     canonical = json.dumps(identity, sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_CHARACTERS]

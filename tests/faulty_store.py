@@ -94,6 +94,10 @@ class FaultyStore(Store):
         self.check("delete", key)
         self.inner.delete(key)
 
+    def prune(self, prefix: str) -> None:
+        self.check("prune", prefix)
+        self.inner.prune(prefix)
+
     def abandon_uploads(self) -> int:
         self.check("abandon_uploads", "")
         return self.inner.abandon_uploads()

@@ -58,25 +58,24 @@ def collect(
     with hold_lease(store, GC_LEASE, clock=clock) as lease:
         dooms = DoomList(store)
         notes: list[str] = []
-        gone = [doom for doom in _unfinished(dooms) if _finish(store, doom, lease, notes)]
-        plan = survey()
-        _announce(dooms, plan, [doom.name for doom in gone], lease, clock())
+        finished = [doom.name for doom in _unfinished(dooms) if _finish(store, doom, lease, notes)]
+        collected = _mark(dooms, finished, clock())
+        _announce(dooms, survey(), lease, clock())
         lease.check()
         plan = survey()
         _withdraw(dooms, plan)
-        for doom in _unfinished(dooms):
-            if doom.name not in {other.name for other in gone} and _take_away(store, doom, lease, notes):
-                gone.append(doom)
-        collected = _mark(dooms, plan, [doom.name for doom in gone], clock())
+        gone = [doom.name for doom in _unfinished(dooms) if _take_away(store, doom, lease, notes)]
+        collected += _mark(dooms, gone, clock())
+        _release(dooms, plan)
         tidy(lease)
     return Collection(plan=plan, collected=collected, notes=tuple(notes))
 
 
-def _announce(dooms: DoomList, plan: RetentionPlan, gone: Sequence[str], lease: Lease, now: float) -> None:
-    """Doom what ``plan`` gives up; dooms that a stopped collection left behind and that are kept now are withdrawn."""
+def _announce(dooms: DoomList, plan: RetentionPlan, lease: Lease, now: float) -> None:
+    """Doom what ``plan`` gives up; what earlier dooms said of names that are visible now is out of date."""
     visible = {row.name for row in plan.rows}
-    before = [doom for name, doom in dooms.dooms.items() if name not in visible or name in gone]
-    dooms.write([*before, *(_doom(row, lease, now) for row in plan.doomed if row.name not in gone)])
+    before = [doom for name, doom in dooms.dooms.items() if name not in visible]
+    dooms.write([*before, *(_doom(row, lease, now) for row in plan.doomed)])
 
 
 def _doom(row: RetentionRow, lease: Lease, now: float) -> Doom:
@@ -93,13 +92,17 @@ def _unfinished(dooms: DoomList) -> list[Doom]:
     return [doom for doom in dooms.dooms.values() if doom.collected_at is None]
 
 
-def _mark(dooms: DoomList, plan: RetentionPlan, gone: Sequence[str], now: float) -> tuple[Doom, ...]:
-    """Note that ``gone`` are gone; what was left whole is doomed no more, what was left without a manifest still is."""
+def _mark(dooms: DoomList, gone: Sequence[str], now: float) -> tuple[Doom, ...]:
+    """Note that ``gone`` are gone."""
     done = tuple(dataclasses.replace(dooms.dooms[name], collected_at=now) for name in gone)
-    whole = {row.name for row in plan.rows}
-    others = [doom for doom in dooms.dooms.values() if doom.name not in gone]
-    dooms.write([*done, *(doom for doom in others if doom.collected_at is not None or doom.name not in whole)])
+    dooms.write([*done, *(doom for doom in dooms.dooms.values() if doom.name not in gone)])
     return done
+
+
+def _release(dooms: DoomList, plan: RetentionPlan) -> None:
+    """What was left whole is doomed no more; what was left without a manifest still is, for the next collection."""
+    whole = {row.name for row in plan.rows}
+    dooms.write([doom for doom in dooms.dooms.values() if doom.collected_at is not None or doom.name not in whole])
 
 
 def _take_away(store: Store, doom: Doom, lease: Lease, notes: list[str]) -> bool:

@@ -72,7 +72,7 @@ def _standing(store: Store, checkpoint: Checkpoint, encode: Encode) -> str | Non
         if there == {entry.name: entry.digest for entry in entries}:
             return content_digest(entries)
         raise UserError(f"{store.url} holds another checkpoint; nothing was touched: choose an empty --output")
-    keys = store.keys("")
+    keys = [key for key in store.keys("") if not key.startswith("leases/")]
     if keys and MARK_KEY not in keys:
         raise UserError(
             f"{store.url} holds files that are not of this export ({', '.join(keys[:5])}); nothing was touched: "

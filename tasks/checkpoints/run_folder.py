@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from cluster.errors import ObjectExists, ObjectMissing
-from cluster.storage import open_store
+from cluster.storage import open_store, require_create_if_absent
 from configs.errors import UserError
 from configs.load import config_from_dict, config_to_dict, identity_of
 from configs.schema import Config
@@ -127,10 +127,13 @@ class RunFolder:
             "code_version": code_version(),
             "created": time.time(),
         }
+        data = json.dumps(values, indent=1).encode()
         try:
-            self.store.create(RUN_KEY, json.dumps(values, indent=1).encode())
+            self.store.create(RUN_KEY, data)
         except ObjectExists:
             require_same_run(self.identity(), config, start, self.url)
+        else:
+            require_create_if_absent(self.store, RUN_KEY, data)
         return self.identity()
 
     def snapshots(self) -> list[Snapshot]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cluster.errors import ObjectMissing
 from cluster.storage import Store, open_store
 from configs.errors import UserError
-from tasks.checkpoints.manifest import Manifest, read_manifest
+from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest, read_manifest
 from tasks.merging.execute import execute_task
 from tasks.merging.plan import MergePlan, MergeTask
 from tasks.merging.publish import publish
@@ -51,6 +51,8 @@ def find_standing(plan: MergePlan) -> Manifest | None:
         manifest, _ = read_manifest(store)
     except ObjectMissing:
         foreign = _foreign_keys(store)
+        if foreign and store.exists(MANIFEST_KEY):
+            return find_standing(plan)  # published by another driver since it was looked for
         if foreign:
             raise UserError(
                 f"{plan.output_url} holds files that are not of this merge ({', '.join(foreign[:5])}); "

@@ -122,7 +122,7 @@ class Worker:
 
     def check_lease(self) -> None:
         """Fail closed if another driver has taken the run over."""
-        check_token(self.run.store, RUN_LEASE, self.task.lease_token, time.time())
+        check_token(self.run.store, RUN_LEASE, self.task.lease_token)
 
     def _newest_url(self) -> str | None:
         snapshots = self.run.snapshots()

@@ -32,6 +32,7 @@ from cluster.lease import (
     read_record,
 )
 from cluster.storage import Store, open_store
+from tests.faulty_store import FaultyStore
 
 NAME = "run"
 
@@ -207,11 +208,22 @@ def test_take_over_old_holder_fails_closed(store: Store, lease: Lease, clock: Cl
     newer.check()
 
 
+def test_check_judges_a_slow_answer_by_the_time_it_came(store: Store, lease: Lease, clock: Clock) -> None:
+    class Slow(FaultyStore):
+        def read_if_present(self, key: str) -> bytes | None:
+            data = self.inner.read_if_present(key)
+            clock.now += EXPIRY_SECONDS + 1
+            return data
+
+    with pytest.raises(LeaseLost, match="expired"):
+        check_token(Slow(store, lambda *_: False), NAME, lease.token, clock)
+
+
 def test_check_token_in_a_worker_fails_closed(store: Store, lease: Lease, clock: Clock) -> None:
-    check_token(store, NAME, lease.token, clock())
+    check_token(store, NAME, lease.token, clock)
     for token in ("", "other", lease.token.upper() + "x"):
         with pytest.raises(LeaseLost):
-            check_token(store, NAME, token, clock())
+            check_token(store, NAME, token, clock)
 
 
 def test_check_missing_object_fails_closed(store: Store, lease: Lease) -> None:
@@ -339,7 +351,7 @@ def require_damage_is_named(store: Store, clock: Clock, data: bytes) -> None:
     for read in (
         lambda: Lease(store, NAME, clock).acquire(),
         lambda: held_leases(store, clock.now),
-        lambda: check_token(store, NAME, "t", clock()),
+        lambda: check_token(store, NAME, "t", clock),
     ):
         with pytest.raises(StorageError, match="damaged"):
             read()
