@@ -7,14 +7,15 @@ import sys
 import click
 
 from pipelines.commands.configuration import config
+from pipelines.commands.jobs import submit
 from pipelines.commands.merging import adopt, evaluate, export, merge, verify
 from pipelines.commands.schedule import plan, tick, watch
 from pipelines.commands.training import anneal, demo, pretrain
-from pipelines.commands.upkeep import report, status
+from pipelines.commands.upkeep import gc, report, status
 from pipelines.console import EXIT_USAGE, report_failure
 
 COMMANDS: tuple[click.Command, ...] = (
-    demo, pretrain, anneal, merge, plan, tick, watch, adopt, export, evaluate, verify, status, report, config,
+    demo, pretrain, anneal, merge, plan, tick, watch, adopt, export, evaluate, verify, status, report, gc, submit, config,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Commands that look at and look after a run: status, report."""
+"""Commands that look at and look after a run: status, report, gc."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 from pipelines.commands.options import common
 from pipelines.console import run_command
 from pipelines.render import render_status
+from pipelines.render_upkeep import render_gc
 
 
 @click.command()
@@ -45,3 +46,19 @@ def report(run_url: str, as_json: bool, debug: bool) -> int:
         return {"run": run_url, "report": write_report(run_url)}
 
     return run_command(work, lambda result: str(result["report"]), as_json=as_json, debug=debug)
+
+
+@click.command()
+@click.option("--run", "run_url", required=True, metavar="URL", help="Run folder.")
+@click.option("--apply", is_flag=True, help="Take away what the plan says; without it nothing is touched.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@common
+def gc(run_url: str, apply: bool, overrides: tuple[str, ...], as_json: bool, debug: bool) -> int:
+    """What retention keeps and takes away, and why: pma gc --run URL retention.keep_last=5."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.gc import gc as story
+
+        return story(run_url, apply=apply, overrides=overrides)
+
+    return run_command(work, render_gc, as_json=as_json, debug=debug)
