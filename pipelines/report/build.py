@@ -13,6 +13,7 @@ from pipelines.progress import format_seconds
 from pipelines.report.charts import held_out_chart, router_chart, training_chart
 from pipelines.report.data import Evaluated, ReportData, gather
 from pipelines.report.findings import find_all
+from pipelines.report.graph import draw_steps
 from pipelines.tracking import open_forwarder
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import paired_gain
@@ -64,6 +65,7 @@ def render(data: ReportData, charts: dict[str, str]) -> str:
         )
         if router
         else "",
+        _section("Steps", steps) if (steps := draw_steps(data)) else "",
         _section("Where the time went", _time_table(data)),
         _section("Run identity", _identity(data)),
     ]
