@@ -14,6 +14,8 @@ SETTLE_SECONDS = 10.0
 RETURN_SECONDS = 300.0
 """A node that was lost may be replaced."""
 POLL_SECONDS = 0.5
+LOST = (2, 3)
+"""Ray's reasons of a node's death that nobody planned: unexpected termination, preemption (NodeDeathInfo in gcs.proto)."""
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +33,14 @@ def require_cpus(num_cpus: int, purpose: str) -> None:
         logger.warning("%s: %d CPUs needed, %d there now; waiting for the autoscaler", purpose, num_cpus, has)
         return
     if lost:
-        logger.warning("%s: %d CPUs needed, %d left after losing nodes; waiting for them", purpose, num_cpus, has)
+        logger.warning(
+            "%s: %d CPUs needed, %d left after %d node(s) were lost; waiting %.0f s for others",
+            purpose,
+            num_cpus,
+            has,
+            lost,
+            RETURN_SECONDS,
+        )
     deadline = time.monotonic() + (RETURN_SECONDS if lost else SETTLE_SECONDS)
     while has < num_cpus and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
@@ -47,7 +56,7 @@ def require_cpus(num_cpus: int, purpose: str) -> None:
 
 
 def _slots() -> tuple[int, int]:
-    """CPU slots of the nodes that are alive, and the number of nodes with CPUs that are not.
+    """CPU slots of the nodes that are alive, and the number of nodes that were lost.
 
     A job's driver may hold a fraction of a CPU, which spoils one slot.
     """
@@ -57,7 +66,7 @@ def _slots() -> tuple[int, int]:
     total = sum(math.floor(node["Resources"].get("CPU", 0.0)) for node in nodes if node["Alive"])
     held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
     is_fraction_held = not math.isclose(held, round(held), abs_tol=1e-3)
-    lost = sum(1 for node in nodes if not node["Alive"] and node["Resources"].get("CPU", 0.0) >= 1)
+    lost = sum(1 for node in nodes if not node["Alive"] and node["DeathReason"] in LOST)
     return total - (1 if is_fraction_held and total else 0), lost
 
 

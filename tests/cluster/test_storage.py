@@ -416,6 +416,17 @@ def test_key_that_leaves_its_folder_refused(store: Store, key: str, call: Callab
 # Children
 
 
+def test_prune_forgets_emptied_folders_and_no_others(store: Store) -> None:
+    for key in ("a/full/x", "a/emptied/x", "a/emptied/below/y", "a/half/below/z", "a/half/x"):
+        store.create(key, b"data")
+    for key in ("a/emptied/x", "a/emptied/below/y", "a/half/x"):
+        store.delete(key)
+    for folder in ("a/full", "a/emptied", "a/half", "a/never"):
+        store.prune(folder)
+    assert store.folders("a") == ["full", "half"]
+    assert store.keys("") == ["a/full/x", "a/half/below/z"]
+
+
 def test_abandon_uploads_nothing_left_over_is_none(store: Store) -> None:
     stream(store, "key", b"bytes")
     assert store.abandon_uploads() == 0
