@@ -22,7 +22,7 @@ from pathlib import Path
 from cluster.fan_out import fan_out_local
 from cluster.lease import Lease
 from cluster.storage import Store, open_store
-from configs.sections import MergeConfig
+from configs.merging import MergeConfig
 from pipelines.steps import Step, run_steps
 from pipelines.tick import tick
 from tasks.checkpoints.manifest import MANIFEST_KEY

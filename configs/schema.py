@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from configs.fields import execution, require
+from configs.merging import MergeConfig, RetentionConfig
 from configs.sections import (
     AnnealConfig,
     ClusterConfig,
     DataConfig,
     EvaluationConfig,
-    MergeConfig,
     ModelConfig,
     OptimizerConfig,
-    RetentionConfig,
     ScheduleConfig,
     SnapshotConfig,
     TrackingConfig,
     TrainingConfig,
-    execution,
-    require,
 )
 
 

@@ -11,14 +11,15 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from cluster.errors import ObjectMissing, StorageError
+from cluster.errors import LeaseHeld, ObjectMissing, StorageError
 from cluster.fan_out import fan_out_local
-from cluster.lease import Lease, read_record
+from cluster.lease import Lease, hold_lease, read_record
 from cluster.storage import Store
 from configs.typed import parse_record
 from tasks.checkpoints.digest import fingerprint
 from tasks.checkpoints.manifest import MANIFEST_KEY, parse_manifest
 from tasks.checkpoints.pins import FOLDERS, GC_LEASE, is_in_force, is_pin
+from tasks.checkpoints.run_folder import RUN_LEASE
 
 ATTEMPTS_KEY = "retention/attempts.json"
 GRACE_HOURS = 24.0
@@ -65,20 +66,24 @@ def find_attempts(store: Store, known: Collection[str], now: float) -> list[Atte
 
 
 def remove_attempts(store: Store, attempts: Collection[Attempt], lease: Lease) -> list[str]:
-    """Remove those of ``attempts`` that may go and remember the others; names of those removed. Under the lease of a gc."""
-    removed = [attempt for attempt in attempts if attempt.is_removable]
-    for attempt in removed:
+    """Remove those of ``attempts`` that may go and remember the others; names of those removed. Under the lease of a gc.
+
+    Each under the lease that its writer would need, and only if it is still as it was seen: whoever began since keeps it.
+    """
+    removed = []
+    for attempt in attempts:
+        if not attempt.is_removable:
+            continue
         lease.check()
-        if writers_at_work(store, lease.clock()):
-            removed = removed[: removed.index(attempt)]
-            break
-        list(fan_out_local(store.delete, attempt.keys, num_workers=NUM_DELETERS))
-        store.child(attempt.name).abandon_uploads()
-        _require_uncommitted(store, attempt)
-        store.prune(attempt.name)
-    names = [attempt.name for attempt in removed]
-    _write(store, {a.name: a for a in attempts if a.name not in names})
-    return names
+        try:
+            with hold_lease(store, _lease_of(attempt.name), clock=lease.clock) as writers:
+                if _fingerprint(store, store.keys(attempt.name)) == attempt.fingerprint:
+                    _remove(store, attempt, writers)
+                    removed.append(attempt.name)
+        except LeaseHeld:
+            continue
+    _write(store, {a.name: a for a in attempts if a.name not in removed})
+    return removed
 
 
 def writers_at_work(store: Store, now: float) -> list[str]:
@@ -97,10 +102,10 @@ def _look(store: Store, name: str, seen: Mapping[str, Sighting], busy: list[str]
     if not keys or f"{name}/{MANIFEST_KEY}" in keys:
         return None
     try:
-        state = fingerprint([[key, store.version(key)] for key in keys])
         size = sum(store.size(key) for key in keys)
     except ObjectMissing:
         return None  # somebody is at work there
+    state = _fingerprint(store, keys)
     before = seen.get(name)
     first_seen = before.first_seen if before is not None and before.fingerprint == state else now
     hours = (now - first_seen) / 3600
@@ -119,6 +124,31 @@ def _look(store: Store, name: str, seen: Mapping[str, Sighting], busy: list[str]
         is_removable=not busy and hours >= GRACE_HOURS,
         reason=reason,
     )
+
+
+def _fingerprint(store: Store, keys: Collection[str]) -> str:
+    """Of names and versions; what went meanwhile has none."""
+    versions = []
+    for key in keys:
+        try:
+            versions.append([key, store.version(key)])
+        except ObjectMissing:
+            versions.append([key, ""])
+    return fingerprint(versions)
+
+
+def _lease_of(name: str) -> str:
+    """The lease under which what lies in the folder ``name`` is written and committed."""
+    folder, _, own = name.partition("/")
+    return f"merge-{own}" if folder == "merged" else RUN_LEASE
+
+
+def _remove(store: Store, attempt: Attempt, lease: Lease) -> None:
+    lease.check()
+    list(fan_out_local(store.delete, attempt.keys, num_workers=NUM_DELETERS))
+    store.child(attempt.name).abandon_uploads()
+    _require_uncommitted(store, attempt)
+    store.prune(attempt.name)
 
 
 def _require_uncommitted(store: Store, attempt: Attempt) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from configs.sections import RetentionConfig
+from configs.merging import RetentionConfig
 from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.pins import checkpoint_name
 from tasks.checkpoints.run_folder import StartPoint

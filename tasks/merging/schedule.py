@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Generic
 
 from configs.errors import UserError
+from configs.merging import ScheduledMerge
 from configs.schema import Config
-from configs.sections import ScheduledMerge
 from tasks.merging.selection import MIN_COUNT, Place, Placed, WindowRule, describe_steps, due_windows
 
 

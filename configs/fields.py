@@ -1,0 +1,19 @@
+"""What fields of a configuration are declared and checked with."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from configs.errors import ConfigError
+
+
+def execution(default: Any) -> Any:
+    """Field that does not take part in a run's identity."""
+    return field(default=default, metadata={"identity": False})
+
+
+def require(condition: bool, key: str, got: object, allowed: str) -> None:
+    """Raise :class:`ConfigError` naming ``key``, what it holds and what is allowed."""
+    if not condition:
+        raise ConfigError(f"{key}={got!r} is not possible; allowed: {allowed}")
