@@ -7,6 +7,7 @@ import math
 import time
 
 from cluster.errors import GangFailed
+from cluster.labels import label_selector
 from configs.errors import UserError
 
 SETTLE_SECONDS = 10.0
@@ -19,14 +20,14 @@ LOST = (2, 3)
 logger = logging.getLogger(__name__)
 
 
-def require_cpus(num_cpus: int, purpose: str) -> None:
-    """Check that the cluster has ``num_cpus`` slots of one CPU each, whoever uses them now.
+def require_cpus(num_cpus: int, purpose: str, nodes: str | None = None) -> None:
+    """Check that the cluster (its nodes of the label ``nodes``) has ``num_cpus`` slots of one CPU each, whoever uses them now.
 
     With an autoscaler it only warns, because more nodes come once Ray asks for them. Otherwise it waits
     :data:`SETTLE_SECONDS`, or :data:`RETURN_SECONDS` where nodes were lost, and raises
     :class:`UserError` or, for lost nodes, :class:`GangFailed`.
     """
-    has, lost = _slots()
+    has, lost = _slots(nodes)
     if has >= num_cpus:
         return
     if _has_autoscaler():
@@ -44,10 +45,11 @@ def require_cpus(num_cpus: int, purpose: str) -> None:
     deadline = time.monotonic() + (RETURN_SECONDS if lost else SETTLE_SECONDS)
     while has < num_cpus and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-        has, lost = _slots()
+        has, lost = _slots(nodes)
     if has >= num_cpus:
         return
-    message = f"{purpose}: needs {num_cpus} CPUs at once, the cluster has {has}"
+    where = "the cluster has" if nodes is None else f"nodes labelled {nodes} have"
+    message = f"{purpose}: needs {num_cpus} CPUs at once, {where} {has}"
     if lost:
         raise GangFailed(
             f"{message} since {lost} node(s) were lost; add nodes and run the same command again to continue"
@@ -55,14 +57,15 @@ def require_cpus(num_cpus: int, purpose: str) -> None:
     raise UserError(f"{message}; add nodes, or ask for less (training.num_workers=..., merge.num_workers=...)")
 
 
-def _slots() -> tuple[int, int]:
-    """CPU slots of the nodes that are alive, and the number of nodes that were lost.
+def _slots(label: str | None) -> tuple[int, int]:
+    """CPU slots of the nodes (of ``label``) that are alive, and the number of nodes that were lost.
 
     A job's driver may hold a fraction of a CPU, which spoils one slot.
     """
     import ray
 
-    nodes = ray.nodes()
+    wanted = label_selector(label) or {}
+    nodes = [node for node in ray.nodes() if wanted.items() <= node["Labels"].items()]
     total = sum(math.floor(node["Resources"].get("CPU", 0.0)) for node in nodes if node["Alive"])
     held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
     is_fraction_held = not math.isclose(held, round(held), abs_tol=1e-3)

@@ -13,6 +13,8 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from cluster.labels import label_selector
+
 PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.5
 """Between two looks at whether to go on."""
@@ -59,8 +61,9 @@ def fan_out_ray(
     num_in_flight: int,
     memory_bytes: Callable[[Item], int] = lambda _: 0,
     should_cancel: Callable[[], bool] = lambda: False,
+    nodes: str | None = None,
 ) -> Iterator[Result]:
-    """Run each item as a Ray task of one CPU, spread over nodes, at most ``num_in_flight`` at once.
+    """Run each item as a Ray task of one CPU, spread over nodes (of the label ``nodes``), at most ``num_in_flight`` at once.
 
     ``memory_bytes`` is admission control: Ray starts a task only where that much is free. Lost workers
     are retried by Ray, errors of ours are not. ``should_cancel`` is asked between results; then what
@@ -70,13 +73,14 @@ def fan_out_ray(
 
     # Ray sets OMP_NUM_THREADS to num_cpus in the task: two threads on busy cores collapse.
     remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)(_call)
+    placement = {} if nodes is None else {"label_selector": label_selector(nodes)}
     waiting = list(items)
     running: list[Any] = []
     try:
         while waiting or running:
             while waiting and len(running) < num_in_flight:
                 item = waiting.pop(0)
-                running.append(remote.options(memory=memory_bytes(item) or None).remote(function, item))
+                running.append(remote.options(memory=memory_bytes(item) or None, **placement).remote(function, item))
             done, running = ray.wait(running, num_returns=1, timeout=POLL_SECONDS)
             for reference in done:
                 yield ray.get(reference)

@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.capacity import require_cpus
 from cluster.errors import GangFailed
+from cluster.labels import label_selector
 
 COLLECTIVE_TIMEOUT_SECONDS = 120
 
@@ -22,8 +23,10 @@ class WorkerLost(Exception):
         self.root = cause
 
 
-def run_gang(body: Callable[[Any], dict[str, Any]], task: Any, *, num_workers: int, name: str) -> dict[str, Any]:
-    """Run ``body(task)`` on every worker of a gloo process group; returns rank 0's result.
+def run_gang(
+    body: Callable[[Any], dict[str, Any]], task: Any, *, num_workers: int, name: str, nodes: str | None = None
+) -> dict[str, Any]:
+    """Run ``body(task)`` on every worker of a gloo process group, on nodes of the label ``nodes``; returns rank 0's result.
 
     Ray Train gets no checkpoints: where to resume is decided by ``body`` from committed manifests.
     Raises :class:`WorkerLost` if any worker failed; starting again is the caller's decision.
@@ -32,12 +35,14 @@ def run_gang(body: Callable[[Any], dict[str, Any]], task: Any, *, num_workers: i
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    require_cpus(num_workers, f"training workers of {name}")
+    require_cpus(num_workers, f"training workers of {name}", nodes)
     with tempfile.TemporaryDirectory(prefix="pma-train-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
             _on_worker,
             train_loop_config={"body": body, "task": task},
-            scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 1}),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers, resources_per_worker={"CPU": 1}, label_selector=label_selector(nodes)
+            ),
             run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
             torch_config=TorchConfig(backend="gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
         )

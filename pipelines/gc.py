@@ -17,7 +17,7 @@ from pipelines.tracking import CURSOR_KEY
 from tasks.checkpoints.attempts import Attempt, find_attempts, remove_attempts, writers_at_work
 from tasks.checkpoints.catalog import Catalog, Glance
 from tasks.checkpoints.collect import Collection, collect
-from tasks.checkpoints.dooms import Doom, merges_made, names_going, read_dooms
+from tasks.checkpoints.dooms import merges_made, names_going, without_gone
 from tasks.checkpoints.pins import pins_in_force
 from tasks.checkpoints.retention import (
     Holdings,
@@ -80,10 +80,8 @@ def survey(run: RunFolder, config: Config, now: float) -> RetentionPlan:
     is_evaluating = not EVALUATORS.isdisjoint(writers_at_work(run.store, now))
     catalog = Catalog(run.store)
     catalog.refresh()
-    # A folder that was emptied may still be listed, and a catalog then still knows it.
-    dooms = read_dooms(run.store)
-    snapshots = [s for s in catalog.snapshots() if not _is_collected(dooms, f"snapshots/{folder_of(s)}", s)]
-    merged = {name: g for name, g in catalog.merged().items() if not _is_collected(dooms, f"merged/{name}", g)}
+    snapshots = without_gone(run.store, catalog.snapshots())
+    merged = {folder_of(glance): glance for glance in without_gone(run.store, catalog.merged().values())}
     rows = schedule_of(config)
     ends = config.training.total_tokens if snapshots and snapshots[-1].kind == "training" else None
     holdings = [(f"snapshots/{folder_of(s)}", s) for s in snapshots] + [(f"merged/{n}", g) for n, g in merged.items()]
@@ -131,11 +129,6 @@ def _collect(run: RunFolder, config: Config, clock: Clock) -> tuple[Collection, 
         names = [doom.name for doom in done.collected]
         write_event(run.store, "gc", {"collected": names, "attempts": removed, "notes": list(done.notes)})
     return done, attempts, removed
-
-
-def _is_collected(dooms: Mapping[str, Doom], name: str, glance: Glance) -> bool:
-    doom = dooms.get(name)
-    return doom is not None and doom.collected_at is not None and doom.is_of(glance)
 
 
 def _merges(merged: Mapping[str, Glance], branches: Mapping[str, RunFolder]) -> list[Glance]:

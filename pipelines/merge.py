@@ -139,8 +139,11 @@ def require_workers(workers: str) -> None:
 
 
 @contextmanager
-def task_runner(workers: str, urls: Sequence[str]) -> Iterator[RunTasks]:
-    """How tasks that read and write at ``urls`` are carried out: ``ray``, ``local`` (a thread per CPU) or a number of processes."""
+def task_runner(workers: str, urls: Sequence[str], nodes: str | None = None) -> Iterator[RunTasks]:
+    """How tasks that read and write at ``urls`` are carried out.
+
+    ``ray`` (on nodes of the label ``nodes``), ``local`` (a thread per CPU) or a number of local processes.
+    """
     stores = [open_store(url) for url in urls]
     if workers == "local":
         # Where reads and commits wait for a network, twice as many tasks keep the processors at work.
@@ -156,7 +159,12 @@ def task_runner(workers: str, urls: Sequence[str]) -> Iterator[RunTasks]:
         slots = os.cpu_count() or 1
         with ray_session(None, slots):
             yield lambda function, tasks, is_lost: fan_out_ray(
-                function, tasks, num_in_flight=4 * slots, memory_bytes=_memory_bytes, should_cancel=is_lost
+                function,
+                tasks,
+                num_in_flight=4 * slots,
+                memory_bytes=_memory_bytes,
+                should_cancel=is_lost,
+                nodes=nodes,
             )
         return
     yield lambda function, tasks, is_lost: fan_out_processes(

@@ -143,7 +143,13 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, beside: Beside | 
                 run, config, lease, cause="worker lost" if attempt else "resume" if run.snapshots() else "start"
             )
             try:
-                run_gang(_train_segment, task, num_workers=config.training.num_workers, name=f"{config.name}-{attempt}")
+                run_gang(
+                    _train_segment,
+                    task,
+                    num_workers=config.training.num_workers,
+                    name=f"{config.name}-{attempt}",
+                    nodes=config.cluster.train_nodes,
+                )
                 return
             except WorkerLost as lost:
                 lease.check()

@@ -19,7 +19,7 @@ from configs.errors import UserError
 from configs.load import config_to_dict
 from configs.schema import Config
 from pipelines.merge import RunTasks, merge_lease
-from tasks.checkpoints.dooms import merges_made, names_going
+from tasks.checkpoints.dooms import merges_made, names_going, without_gone
 from tasks.checkpoints.pins import InputCollected, hold_pins
 from tasks.checkpoints.run_folder import RunFolder, Snapshot, snapshot_key
 from tasks.checkpoints.safetensors_header import CheckpointError
@@ -99,7 +99,8 @@ def merge_window(
 
 def due_now(run: RunFolder, config: Config) -> list[DueMerge[Snapshot]]:
     """Merges that the run's schedule asks for and that are not made yet."""
-    return due_merges(run.snapshots(), schedule_of(config), merges_made(run.store, run.merged()))
+    snapshots = without_gone(run.store, run.snapshots())
+    return due_merges(snapshots, schedule_of(config), merges_made(run.store, run.merged()))
 
 
 def on_ray(config: Config, cancelled: Callable[[], bool]) -> RunTasks:
@@ -112,6 +113,7 @@ def on_ray(config: Config, cancelled: Callable[[], bool]) -> RunTasks:
             num_in_flight=max(2, config.merge.num_workers),
             memory_bytes=lambda task: int(task.memory_bytes),
             should_cancel=lambda: cancelled() or is_lost(),
+            nodes=config.cluster.merge_nodes,
         )
 
     return run_tasks
@@ -145,7 +147,11 @@ def evaluate_all(
     ]
     started = time.perf_counter()
     for _ in fan_out_ray(
-        evaluate_checkpoints, tasks, num_in_flight=max(1, config.merge.num_workers), should_cancel=cancelled
+        evaluate_checkpoints,
+        tasks,
+        num_in_flight=max(1, config.merge.num_workers),
+        should_cancel=cancelled,
+        nodes=config.cluster.merge_nodes,
     ):
         pass
     if urls:

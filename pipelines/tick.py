@@ -19,7 +19,7 @@ from pipelines.adopt import SOURCES, Growth, adopt_new
 from pipelines.merge import require_workers, task_runner
 from pipelines.scheduled import Round, make_merges
 from tasks.checkpoints.catalog import Catalog, Glance
-from tasks.checkpoints.dooms import merges_made
+from tasks.checkpoints.dooms import merges_made, without_gone
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
 from tasks.merging.schedule import DueMerge, describe_schedule, due_merges, is_evaluated, schedule_of
@@ -45,7 +45,8 @@ def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local
     catalog = Catalog(run.store)
     catalog.refresh()
     growth = _adopt(run, catalog)
-    due = due_merges(catalog.snapshots(), rows, merges_made(run.store, catalog.merged()))
+    snapshots = without_gone(run.store, catalog.snapshots())
+    due = due_merges(snapshots, rows, merges_made(run.store, catalog.merged()))
     outcome = _merge(run, config, due, workers)
     if due:
         catalog.refresh()
@@ -123,7 +124,7 @@ def _merge(run: RunFolder, config: Config, due: Sequence[DueMerge[Glance]], work
     if not due:
         return Round()
     inputs = dict.fromkeys(snapshot.url for merge in due for snapshot in merge.window)
-    with task_runner(workers, [run.url, *inputs]) as run_tasks:
+    with task_runner(workers, [run.url, *inputs], config.cluster.merge_nodes) as run_tasks:
         return make_merges(run, config, due, run_tasks)
 
 

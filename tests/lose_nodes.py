@@ -42,7 +42,7 @@ def main(scratch: Path, inputs: list[str], run_url: str, overrides: tuple[str, .
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
     )
-    nodes = [cluster.add_node(num_cpus=3, object_store_memory=80 << 20) for _ in range(3)]
+    nodes = [cluster.add_node(num_cpus=3, labels={"pool": "work"}, object_store_memory=80 << 20) for _ in range(3)]
     os.environ["RAY_ADDRESS"] = cluster.address
     try:
         with ray_session(cluster.address, 0):
@@ -116,7 +116,8 @@ def train_while_losing(cluster: Any, nodes: list[Any], run_url: str, overrides: 
     from configs.load import load_config
     from pipelines.pretrain import pretrain
 
-    config = load_config("tiny", (f"cluster.address={cluster.address}", *overrides)).config
+    places = (f"cluster.address={cluster.address}", "cluster.train_nodes=pool=work", "cluster.merge_nodes=pool=work")
+    config = load_config("tiny", (*places, *overrides)).config
     killer = threading.Thread(target=kill_training_node, args=(cluster, nodes, Path(run_url)))
     killer.start()
     result = pretrain(run_url, config)

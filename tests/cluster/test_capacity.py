@@ -23,7 +23,7 @@ def in_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
 def see(monkeypatch: pytest.MonkeyPatch, *looks: tuple[int, int]) -> None:
     """Let each look at the cluster see the next of ``looks``, (slots, lost nodes), and then the last for ever."""
     left = list(looks)
-    monkeypatch.setattr(capacity, "_slots", lambda: left.pop(0) if len(left) > 1 else left[0])
+    monkeypatch.setattr(capacity, "_slots", lambda _: left.pop(0) if len(left) > 1 else left[0])
 
 
 def test_enough_slots_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from cluster.errors import ObjectExists, ObjectMissing, ObjectTruncated
 from cluster.storage import WEAK_STORAGE_VARIABLE, Store, open_store, require_create_if_absent
 from configs.errors import UserError
-from configs.sections import MergeConfig
+from configs.merging import MergeConfig
 from pipelines.tick import tick
 from tasks.checkpoints.run_folder import RUN_KEY, RunFolder
 from tests.faulty_store import FaultyStore

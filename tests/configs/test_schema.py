@@ -11,12 +11,12 @@ import pytest
 
 from configs import schema
 from configs.errors import ConfigError
+from configs.merging import MergeConfig
 from configs.schema import Config
 from configs.sections import (
     AnnealConfig,
     DataConfig,
     EvaluationConfig,
-    MergeConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,

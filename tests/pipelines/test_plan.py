@@ -14,7 +14,7 @@ from cluster.lease import Lease
 from cluster.storage import Store
 from configs.errors import UserError
 from configs.load import load_config
-from configs.sections import MergeConfig
+from configs.merging import MergeConfig
 from pipelines.driven import Driven
 from pipelines.plan import draw_mermaid, plan, rows_of
 from pipelines.pretrain import pretrain_steps

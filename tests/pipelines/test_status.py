@@ -10,7 +10,7 @@ import pytest
 from cluster.journal import write_event
 from cluster.lease import Lease
 from cluster.storage import Store
-from configs.sections import MergeConfig
+from configs.merging import MergeConfig
 from pipelines.render import render_status
 from pipelines.status import describe_event, describe_news, follow, is_finished, status
 from pipelines.tick import tick

@@ -22,8 +22,8 @@ from cluster.journal import read_events
 from cluster.lease import Lease
 from cluster.storage import Store
 from configs.errors import UserError
+from configs.merging import MergeConfig, ScheduledMerge
 from configs.schema import Config
-from configs.sections import MergeConfig, ScheduledMerge
 from pipelines.tick import describe_round, is_complete, tick, watch
 from tasks.checkpoints.manifest import MANIFEST_KEY, read_manifest
 from tasks.checkpoints.run_folder import RunFolder, snapshot_key

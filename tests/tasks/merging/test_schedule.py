@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from configs.errors import UserError
+from configs.merging import MergeConfig, ScheduledMerge
 from configs.schema import Config
-from configs.sections import MergeConfig, ScheduledMerge
 from tasks.merging.schedule import (
     ScheduleRow,
     describe_schedule,
