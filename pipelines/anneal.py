@@ -74,3 +74,16 @@ def branch_config(trunk: Config, fork_tokens: int, tokens: int) -> Config:
             final_learning_rate_fraction=trunk.anneal.final_learning_rate_fraction,
         ),
     )
+
+
+def fork_step(config: Config) -> int:
+    """Snapshot from which the branch ends exactly where the trunk ends."""
+    fork_tokens = config.training.total_tokens - config.anneal.tokens
+    if fork_tokens % config.snapshots.interval_tokens or fork_tokens < config.schedule.warmup_tokens:
+        raise UserError(
+            f"the demo forks its annealing branch at training.total_tokens - anneal.tokens = {fork_tokens} tokens: that must "
+            f"be a snapshot (a multiple of snapshots.interval_tokens={config.snapshots.interval_tokens}) after warmup"
+        )
+    if config.schedule.decay_tokens:
+        raise UserError("the demo compares annealing with a constant learning rate: set schedule.decay_tokens=0")
+    return fork_tokens // config.training.batch_tokens

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from cluster.journal import journal_keys, read_events, read_journal_object
 from configs.errors import UserError
 from configs.schema import Config
-from pipelines.anneal import anneal_steps, branch_config, branch_name
-from pipelines.demo import compare_step, fork_step
+from pipelines.anneal import anneal_steps, branch_config, branch_name, fork_step
+from pipelines.compare import compare_step
 from pipelines.driven import Driven
 from pipelines.pretrain import pretrain_steps
 from pipelines.steps import Step, Unit, read_records

@@ -13,7 +13,7 @@ from cluster.storage import Store
 from configs.load import override_execution
 from pipelines.tracking import bring_up_to_date, open_forwarder
 from tasks.checkpoints.catalog import Catalog, Glance
-from tasks.checkpoints.dooms import merges_made
+from tasks.checkpoints.dooms import merges_made, without_gone
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
 from tasks.evaluation.held_out import evaluation_key, suite_of
 from tasks.merging.schedule import due_merges, schedule_of
@@ -38,7 +38,7 @@ def status(run_url: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         return losses.get(evaluation_key(glance.digest, suite))
 
     snapshots, merged = catalog.snapshots(), catalog.merged()
-    due = due_merges(snapshots, schedule_of(config), merges_made(run.store, merged))
+    due = due_merges(without_gone(run.store, snapshots), schedule_of(config), merges_made(run.store, merged))
     return {
         "run": run.url,
         "name": config.name,

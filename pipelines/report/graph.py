@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from pipelines.anneal import branch_name
+from pipelines.plan import plan
 from pipelines.report.data import ReportData
 from tasks.checkpoints.run_folder import RunFolder
 
@@ -15,8 +17,6 @@ def draw_steps(data: ReportData) -> str:
     if not run.store.keys("steps"):
         return ""
     # The plan knows every pipeline, and the demo writes this report.
-    from pipelines.plan import plan
-
     answer = plan("demo" if data.branches and _ends_as_demo(data) else "pretrain", data.config, data.url)
     boxes = "".join(_box(row) for row in answer["steps"])
     mermaid = html.escape(answer["mermaid"])
@@ -25,8 +25,6 @@ def draw_steps(data: ReportData) -> str:
 
 def _ends_as_demo(data: ReportData) -> bool:
     """Whether the branches are the demo's: an annealing branch that ends where the trunk does."""
-    from pipelines.anneal import branch_name
-
     fork_tokens = data.config.training.total_tokens - data.config.anneal.tokens
     return branch_name(fork_tokens // data.config.training.batch_tokens) in data.branches
 
