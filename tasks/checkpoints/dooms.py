@@ -11,11 +11,12 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 from cluster.errors import LeaseLost, ObjectExists, StorageError
 from cluster.storage import Store
 from configs.typed import parse_record
+from tasks.checkpoints.manifest import MANIFEST_KEY
 
 DOOMS_KEY = "retention/dooms.json"
 FORMAT_VERSION = 1
@@ -31,6 +32,17 @@ class Commit(Protocol):
     @property
     def created(self) -> float:
         """Unix seconds."""
+
+
+class HasUrl(Protocol):
+    """A checkpoint of a run."""
+
+    @property
+    def url(self) -> str:
+        """Its folder."""
+
+
+Listed = TypeVar("Listed", bound=HasUrl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +117,26 @@ def merges_made(store: Store, merged: Iterable[str]) -> set[str]:
 def names_going(store: Store) -> set[str]:
     """Folders of the run at ``store`` that are being taken away now, or were when a collection stopped."""
     return {name for name, doom in read_dooms(store).items() if doom.collected_at is None}
+
+
+def without_gone(store: Store, items: Iterable[Listed]) -> list[Listed]:
+    """Those of ``items`` that retention has not taken away: a listing that was kept, or an emptied folder, may name others."""
+    dooms = read_dooms(store)
+
+    def is_gone(item: Listed) -> bool:
+        name = "/".join(item.url.rsplit("/", 2)[1:])
+        doom = dooms.get(name)
+        if doom is None or not doom.is_of(commit_of(item)):
+            return False
+        return doom.collected_at is not None or not store.exists(f"{name}/{MANIFEST_KEY}")
+
+    return [item for item in items if not is_gone(item)]
+
+
+def commit_of(item: object) -> Commit | None:
+    """The manifest, or the glance at it, of a checkpoint; None if only its URL is known."""
+    known: Any = item if hasattr(item, "created") else getattr(item, "manifest", None)
+    return cast("Commit | None", known)
 
 
 def when(seconds: float) -> str:

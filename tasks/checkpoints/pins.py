@@ -12,13 +12,12 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, cast
 
 from cluster.errors import LeaseHeld, ObjectMissing, StorageDenied, StorageError
 from cluster.lease import LeaseRecord, hold_lease, is_free, lease_key, read_record
 from cluster.storage import Store, open_store
 from configs.errors import UserError
-from tasks.checkpoints.dooms import Commit, Doom, DoomList, read_dooms, when
+from tasks.checkpoints.dooms import Commit, Doom, DoomList, HasUrl, commit_of, read_dooms, when
 from tasks.checkpoints.manifest import MANIFEST_KEY
 from tasks.checkpoints.run_folder import RUN_KEY
 
@@ -34,16 +33,8 @@ class InputCollected(UserError):
     """A checkpoint that was about to be read is being taken away by retention, or is gone already."""
 
 
-class Pinnable(Protocol):
-    """A checkpoint that can be pinned: a snapshot of a run, an opened checkpoint, a glance at one."""
-
-    @property
-    def url(self) -> str:
-        """Its folder."""
-
-
 @contextmanager
-def hold_pins(inputs: Iterable[Pinnable], *, clock: Callable[[], float] = time.time) -> Iterator[None]:
+def hold_pins(inputs: Iterable[HasUrl], *, clock: Callable[[], float] = time.time) -> Iterator[None]:
     """Keep ``inputs`` from retention for the length of the block, wherever they lie in runs; others need no pin.
 
     Raises :class:`InputCollected` before the block if retention has begun to take one away. Some six small requests.
@@ -87,21 +78,15 @@ def checkpoint_name(url: str) -> tuple[str, str] | None:
     return None
 
 
-def _by_run(inputs: Iterable[Pinnable]) -> list[tuple[Store, dict[str, Commit | None]]]:
+def _by_run(inputs: Iterable[HasUrl]) -> list[tuple[Store, dict[str, Commit | None]]]:
     """Names to pin in each run, and what is known of their commits; folders that are in no run are left out."""
     runs: dict[str, dict[str, Commit | None]] = {}
     for item in inputs:
         place = checkpoint_name(open_store(item.url).url)
         if place is not None:
-            runs.setdefault(place[0], {})[place[1]] = _commit_of(item)
+            runs.setdefault(place[0], {})[place[1]] = commit_of(item)
     stores = [(open_store(url), wanted) for url, wanted in runs.items()]
     return [(store, wanted) for store, wanted in stores if store.exists(RUN_KEY)]
-
-
-def _commit_of(item: Pinnable) -> Commit | None:
-    """The manifest, or the glance at it, of what is to be pinned."""
-    known: Any = item if hasattr(item, "created") else getattr(item, "manifest", None)
-    return cast("Commit | None", known)
 
 
 @contextmanager
