@@ -47,6 +47,8 @@ class LeaseRecord:
     """Unix seconds after which anyone may take over."""
     released: bool = False
     """Set by the holder when it is done."""
+    acquired_at: float = 0.0
+    """Unix seconds when this incarnation took it."""
     pins: tuple[str, ...] = ()
     """Folders below the run that retention must leave alone while this is in force."""
 
@@ -98,11 +100,13 @@ class Lease:
         self.pins = pins
         self.token = secrets.token_hex(8)
         self.was_given_back = False
+        self._acquired_at = 0.0
         self._lost = threading.Event()
         self._held: bytes | None = None
 
     def acquire(self) -> None:
         """Take the lease, or raise :class:`LeaseHeld` naming the holder."""
+        self._acquired_at = self.clock()
         mine = self._record().encode()
         try:
             self.store.create(lease_key(self.name), mine)
@@ -171,6 +175,7 @@ class Lease:
             process_started=process.create_time(),
             expires_at=self.clock() + EXPIRY_SECONDS,
             released=released,
+            acquired_at=self._acquired_at,
             pins=self.pins,
         )
 
@@ -222,7 +227,14 @@ def held_leases(store: Store, now: float) -> list[dict[str, object]]:
         data = store.read_if_present(key) if key.endswith(".json") else None
         if data is not None and not is_free(held := read_record(data), now):
             name = key.removeprefix("leases/").removesuffix(".json")
-            rows.append({"name": name, "owner": held.owner, "expires_in_seconds": round(held.expires_at - now, 1)})
+            rows.append(
+                {
+                    "name": name,
+                    "owner": held.owner,
+                    "age_seconds": round(now - held.acquired_at, 1),
+                    "expires_in_seconds": round(held.expires_at - now, 1),
+                }
+            )
     return rows
 
 

@@ -27,6 +27,7 @@ from pipelines.steps import Step, pending_steps, run_steps
 from pipelines.timing import timed
 from pipelines.tracking import TrackingThread
 from pipelines.units import evaluation_units, merge_units, snapshot_units
+from tasks.checkpoints.pins import hold_pins
 from tasks.checkpoints.run_folder import RUN_KEY, RUN_LEASE, RunFolder, StartPoint
 from tasks.data.batches import num_windows
 from tasks.data.corpus import read_corpus
@@ -99,13 +100,15 @@ def prepare_fork(run_url: str, name: str, config: Config) -> RunFolder:
     branch = trunk.branch(name)
     require_workable(branch, config)
     if branch.store.exists(RUN_KEY):
-        start = branch.identity().start
-    else:
-        snapshots = trunk.snapshots()
-        if not snapshots:
-            raise UserError(f"{trunk.url} has no committed snapshot to fork from; give another --run instead")
-        start = start_point(trunk, snapshots[-1].step)
-    branch.begin(config, start)
+        branch.begin(config, branch.identity().start)
+        return branch
+    snapshots = trunk.snapshots()
+    if not snapshots:
+        raise UserError(f"{trunk.url} has no committed snapshot to fork from; give another --run instead")
+    start = start_point(trunk, snapshots[-1].step)
+    # Until the branch is on record, which keeps its start from then on, a pin does.
+    with hold_pins([start]):
+        branch.begin(config, start)
     return branch
 
 

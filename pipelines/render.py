@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any
 
+from pipelines.progress import format_seconds
 from pipelines.status import describe_event
 
 
@@ -123,7 +124,8 @@ def render_status(result: dict[str, Any]) -> str:
         for s in result["segments"][-5:]
     ]
     lines += [
-        f"lease {row['name']}: {row['owner']}, expires in {row['expires_in_seconds']} s" for row in result["leases"]
+        f"lease {row['name']}: {row['owner']}, for {format_seconds(row['age_seconds'])}, expires in {row['expires_in_seconds']} s"
+        for row in result["leases"]
     ]
     lines += [f"due {name}" for name in result["due"][:5]]
     lines += [f"... and {len(result['due']) - 5} more due"] if len(result["due"]) > 5 else []

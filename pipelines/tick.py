@@ -144,13 +144,16 @@ def _adopt(run: RunFolder, catalog: Catalog) -> Growth:
 
 def _evaluate(run: RunFolder, config: Config, catalog: Catalog, workers: str) -> list[str]:
     """Evaluate the merges that lack it, where a row of the schedule asks for it; URLs of what was evaluated."""
-    urls = _unevaluated_merges(run, config, catalog)
-    if not urls:
+    if not _unevaluated_merges(run, config, catalog):
         return []
-    task = EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(urls))
     try:
         with hold_lease(run.store, EVALUATE_LEASE):
-            _run_alone(evaluate_checkpoints, task, workers)
+            # Again, now that nobody else evaluates: the one before may have, and retention may have taken some away.
+            catalog.refresh()
+            urls = _unevaluated_merges(run, config, catalog)
+            task = EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(urls))
+            if urls:
+                _run_alone(evaluate_checkpoints, task, workers, config.cluster.merge_nodes)
     except LeaseHeld as held:
         logger.info("evaluations are left to another driver: %s", held)
         return []
@@ -168,10 +171,10 @@ def _unevaluated_merges(run: RunFolder, config: Config, catalog: Catalog) -> lis
     return [glance.url for _, glance in wanted if evaluation_key(glance.digest, suite) not in done]
 
 
-def _run_alone(function: Callable[[Any], Any], task: Any, workers: str) -> None:
+def _run_alone(function: Callable[[Any], Any], task: Any, workers: str, nodes: str | None) -> None:
     """Run one task in a process or a Ray worker, whose memory goes back when it ends."""
     if workers == "ray":
         with ray_session(None, 1):
-            list(fan_out_ray(function, [task], num_in_flight=1))
+            list(fan_out_ray(function, [task], num_in_flight=1, nodes=nodes))
     else:
         list(fan_out_processes(function, [task], num_workers=1))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cluster.storage import open_store
 from pipelines.driven import Driven
 from pipelines.steps import Unit
+from tasks.checkpoints.dooms import merges_made
 from tasks.checkpoints.manifest import Manifest, read_manifest
 from tasks.checkpoints.run_folder import Snapshot
 from tasks.evaluation.held_out import evaluation_key, suite_of
@@ -74,7 +75,7 @@ def snapshot_units(driven: Driven) -> list[Unit]:
 
 def merge_units(driven: Driven) -> list[Unit]:
     """The scheduled merges of the run."""
-    done, size = driven.run.merged(), model_bytes(driven)
+    done, size = merges_made(driven.run.store, driven.run.merged()), model_bytes(driven)
     return [
         Unit(name=merge.name, is_done=merge.name in done, bytes_read=len(merge.window) * size, bytes_written=size)
         for merge in expected_merges(driven)

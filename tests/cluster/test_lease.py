@@ -368,7 +368,12 @@ def test_held_leases_lists_only_those_in_force(store: Store, lease: Lease, clock
     store.put(lease_key("expired"), dataclasses.replace(stored(store), expires_at=clock.now).encode())
     clock.now += 10
     assert held_leases(store, clock.now) == [
-        {"name": NAME, "owner": stored(store).owner, "expires_in_seconds": EXPIRY_SECONDS - 10}
+        {
+            "name": NAME,
+            "owner": stored(store).owner,
+            "age_seconds": 10.0,
+            "expires_in_seconds": EXPIRY_SECONDS - 10,
+        }
     ]
     assert lease.token not in json.dumps(held_leases(store, clock.now))
 
