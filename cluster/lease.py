@@ -27,6 +27,8 @@ from configs.typed import parse_record
 
 EXPIRY_SECONDS = 30.0
 RENEWAL_SECONDS = 10.0
+SKEW_SECONDS = 20.0
+"""Clocks that differ by less than this do no harm: a holder that renews on time is never taken over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,12 @@ class Lease:
 
     def _describe(self, held: LeaseRecord) -> str:
         left = held.expires_at - self.clock()
+        if left > EXPIRY_SECONDS + SKEW_SECONDS:
+            return (
+                f"{self.store.url} is being worked on by {held.owner} (lease {self.name!r}), whose clock is about "
+                f"{left - EXPIRY_SECONDS:.0f} s ahead of this machine's: set the clocks right. If that driver is surely "
+                f"gone, remove {self.store.url}/{lease_key(self.name)} and run the same command again"
+            )
         return (
             f"{self.store.url} is being worked on by {held.owner} (lease {self.name!r}, "
             f"expires in {left:.0f} s unless renewed); wait for it or stop it, then run the same command again"

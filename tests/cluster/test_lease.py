@@ -208,6 +208,23 @@ def test_take_over_old_holder_fails_closed(store: Store, lease: Lease, clock: Cl
     newer.check()
 
 
+def test_holder_whose_clock_is_an_hour_ahead_is_named_with_its_skew(store: Store, clock: Clock) -> None:
+    ahead = Lease(store, "other", lambda: clock() + 3600)
+    ahead.acquire()
+    with pytest.raises(LeaseHeld, match=r"about 3600 s ahead of this machine's.*remove .*leases/other\.json"):
+        Lease(store, "other", clock).acquire()
+
+
+def test_holder_whose_clock_is_an_hour_behind_is_taken_over_and_publishes_nothing(store: Store, clock: Clock) -> None:
+    behind = Lease(store, "other", lambda: clock() - 3600)
+    behind.acquire()
+    here = Lease(store, "other", clock)
+    here.acquire()
+    with pytest.raises(LeaseLost):
+        behind.check()
+    here.check()
+
+
 def test_check_judges_a_slow_answer_by_the_time_it_came(store: Store, lease: Lease, clock: Clock) -> None:
     class Slow(FaultyStore):
         def read_if_present(self, key: str) -> bytes | None:
