@@ -10,6 +10,7 @@ from typing import TextIO
 
 from cluster.journal import Measurement, journal_keys, read_journal_object
 from configs.schema import Config
+from pipelines.wording import format_seconds
 from tasks.checkpoints.run_folder import RunFolder
 
 LIVE_SECONDS = 1.0
@@ -87,15 +88,3 @@ class Progress:
             metrics = {**rows[-1].metrics, "train/tokens_per_second": speeds[len(speeds) // 2]}
             self._last = Measurement(step=rows[-1].step, tokens=rows[-1].tokens, time=rows[-1].time, metrics=metrics)
             self._seen_key = keys[-1]
-
-
-def format_seconds(seconds: float) -> str:
-    """``45 s``, ``3 min 20 s``, ``2 h 05 min``, ``3 d 4 h``."""
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"

@@ -6,8 +6,7 @@ import json
 import time
 from typing import Any
 
-from pipelines.progress import format_seconds
-from pipelines.status import describe_event
+from pipelines.wording import describe_event, format_seconds
 
 
 def render_demo(result: dict[str, Any]) -> str:

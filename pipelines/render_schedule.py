@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.progress import format_seconds
-
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+from pipelines.wording import format_bytes, format_seconds
 
 
 def render_plan(result: dict[str, Any]) -> str:
@@ -15,7 +13,7 @@ def render_plan(result: dict[str, Any]) -> str:
     for row in result["steps"]:
         pieces = f"{row['units_done']:,} of {row['units']:,}" if row["units"] else "-"
         seconds = "not measured yet" if row["seconds"] is None else format_seconds(row["seconds"])
-        sizes = (_format_bytes(row["bytes_read"]), _format_bytes(row["bytes_written"]))
+        sizes = (format_bytes(row["bytes_read"]), format_bytes(row["bytes_written"]))
         rows.append((f"{row['step']}@{row['version']}", row["state"], pieces, *sizes, seconds))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -35,8 +33,3 @@ def render_tick(result: dict[str, Any]) -> str:
 def render_watch(result: dict[str, Any]) -> str:
     """What all rounds of a watch made."""
     return f"{len(result['merged'])} merges made in {result['rounds']} rounds on {result['run']}"
-
-
-def _format_bytes(count: int) -> str:
-    power = 0 if count < 1 else min(len(UNITS) - 1, (count.bit_length() - 1) // 10)
-    return f"{count / 1024**power:,.{1 if power else 0}f} {UNITS[power]}"

@@ -12,6 +12,7 @@ from cluster.lease import held_leases
 from cluster.storage import Store
 from configs.load import override_execution
 from pipelines.tracking import bring_up_to_date, open_forwarder
+from pipelines.wording import describe_event
 from tasks.checkpoints.catalog import Catalog, Glance
 from tasks.checkpoints.dooms import merges_made, without_gone
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
@@ -130,15 +131,6 @@ def newest_events(store: Store) -> list[dict[str, Any]]:
     """The newest events that are more than bookkeeping, oldest first."""
     keys = [key for key in store.keys("events") if not key.removesuffix(".json").endswith(QUIET_EVENTS)]
     return [{"key": key, **json.loads(store.read(key))} for key in keys[-NUM_EVENTS:]]
-
-
-def describe_event(event: dict[str, Any]) -> str:
-    """One line about an event: its kind and its short fields."""
-    details = {
-        k: v for k, v in event.items() if k not in ("key", "kind", "time") and isinstance(v, (str, int, float, bool))
-    }
-    shown = ", ".join(f"{k} {round(v, 3) if isinstance(v, float) else v}" for k, v in details.items())
-    return f"{event['kind']}: {shown[:200]}"
 
 
 def tracking_status(run: RunFolder, *, is_driven: bool) -> dict[str, Any]:

@@ -43,4 +43,5 @@ def submit(
             return story.stop(command, address=address)
         return story.submit(command, address=address, wait=not no_wait, as_json=as_json, **options)
 
-    return run_command(work, render_submission, as_json=as_json, debug=debug)
+    # A --json behind the dashes asks for the pipeline's object, which is the answer here too.
+    return run_command(work, render_submission, as_json=as_json or "--json" in command, debug=debug)

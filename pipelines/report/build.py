@@ -9,12 +9,12 @@ from pathlib import Path
 
 from cluster.tracking import TrackingAway
 from configs.load import identity_of
-from pipelines.progress import format_seconds
 from pipelines.report.charts import held_out_chart, router_chart, training_chart
 from pipelines.report.data import Evaluated, ReportData, gather
 from pipelines.report.findings import find_all
 from pipelines.report.graph import draw_steps
 from pipelines.tracking import open_forwarder
+from pipelines.wording import format_seconds
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import paired_gain
 from tasks.merging.methods import METHODS

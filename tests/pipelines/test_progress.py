@@ -9,7 +9,8 @@ import pytest
 
 from cluster.journal import JournalWriter
 from configs.load import load_config
-from pipelines.progress import CLEAR_LINE, Progress, format_seconds
+from pipelines.progress import CLEAR_LINE, Progress
+from pipelines.wording import format_seconds
 from tasks.checkpoints.run_folder import RunFolder
 
 

@@ -12,8 +12,9 @@ from cluster.lease import Lease
 from cluster.storage import Store
 from configs.merging import MergeConfig
 from pipelines.render import render_status
-from pipelines.status import describe_event, describe_news, follow, is_finished, status
+from pipelines.status import describe_news, follow, is_finished, status
 from pipelines.tick import tick
+from pipelines.wording import describe_event
 from tasks.checkpoints.run_folder import RunFolder
 from tests.retention_run import commit, make_run, small_config
 
