@@ -113,6 +113,8 @@ def understand(command: Sequence[str]) -> Submission:
         )
     for url in urls:
         _require_durable(url)
+    if run_url and parameters.get("fork"):
+        run_url = f"{run_url.rstrip('/')}/branches/{parameters['fork']}"
     label = re.sub(
         r"[^A-Za-z0-9_.-]+", "-", _last_part(str(run_url or parameters.get("output") or (urls or [name])[0]))
     )

@@ -29,6 +29,12 @@ def test_understand_names_the_job_by_run_command_and_key() -> None:
     assert submission.run_url == "s3://bucket/team/first"
 
 
+def test_understand_a_fork_is_judged_by_the_forks_own_folder() -> None:
+    fork = understand((*PRETRAIN, "--fork", "slower"))
+    assert fork.run_url == f"{understand(PRETRAIN).run_url}/branches/slower"
+    assert fork.name.startswith("slower-pretrain-")
+
+
 @pytest.mark.parametrize(
     "command",
     [
