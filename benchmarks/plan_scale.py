@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import heapq
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from tasks.checkpoints.regions import Region, TensorPlace
 from tasks.checkpoints.safetensors_header import build_header, read_header
 from tasks.merging.methods import MethodChoice
 from tasks.merging.plan import MergePlan, plan_merge
+from tasks.peak_memory import peak_resident_bytes
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STRAGGLER_FRACTION, STRAGGLER_SLOWDOWN = 0.05, 3.0
@@ -70,7 +70,7 @@ def models() -> dict[str, ModelConfig]:
 def measure(name: str, num_inputs: int, bandwidth: float) -> dict[str, object]:
     """Planning time and memory, balance, and simulated makespans of one model in float32."""
     headers = [encode_headers(models()[name]) for _ in range(num_inputs)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     started = time.perf_counter()
     with collection_paused():
         inputs = [checkpoint_of(item, number) for number, item in enumerate(headers)]
@@ -87,8 +87,8 @@ def measure(name: str, num_inputs: int, bandwidth: float) -> dict[str, object]:
         "bytes_written": sum(task.bytes_written for task in plan.tasks),
         "header_seconds": round(opened, 2),
         "plan_seconds": round(planned, 2),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-        "memory_before_planning_mib": before >> 10,
+        "peak_memory_mib": peak_resident_bytes() >> 20,
+        "memory_before_planning_mib": before >> 20,
         "tasks": len(plan.tasks),
         "largest_over_mean_task": round(max(sizes) * len(sizes) / sum(sizes), 3),
         "task_memory_mib": max(task.memory_bytes for task in plan.tasks) >> 20,

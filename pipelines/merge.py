@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from tasks.checkpoints.pins import hold_pins
 from tasks.merging.merge import MergeReport, execute_merges, find_standing, nothing_done
 from tasks.merging.methods import EVALUATED_METHODS
 from tasks.merging.plan import MergePlan, MergeTask
+from tasks.peak_memory import peak_resident_bytes
 
 RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], Callable[[], bool]], Iterable[Any]]
 """How tasks are fanned out: results as they complete, until the third argument says that the lease is lost."""
@@ -90,7 +90,7 @@ def describe(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
     """What was done."""
     standing = report.manifest.merge
     assert standing is not None
-    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own_peak = peak_resident_bytes()
     return {
         "output": plan.output_url,
         "digest": report.manifest.digest,

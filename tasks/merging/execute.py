@@ -7,7 +7,6 @@ same bytes, and a shard never overwrites another.
 from __future__ import annotations
 
 import functools
-import resource
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from tasks.merging.chunks import Chunk, Segment, cut_chunks
 from tasks.merging.kernel import ChunkSum, first_nonfinite_stored, new_sum
 from tasks.merging.plan import MergeTask, PlannedTensor, TaskOutput, Vector
 from tasks.merging.receipt import Receipt, read_receipt, task_identity, write_receipt
+from tasks.peak_memory import peak_resident_bytes
 
 
 def execute_task(task: MergeTask) -> list[Receipt]:
@@ -65,7 +65,7 @@ def _merge_shards(task: MergeTask, todo: Sequence[int], attempt: str) -> list[Re
             shard=writer.shard(),
             input_digests=tuple(run.input_digests),
             bytes_read=run.bytes_read if i == todo[0] else 0,
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory_bytes=peak_resident_bytes(),
         )
         for i, writer in zip(todo, writers, strict=True)
     ]

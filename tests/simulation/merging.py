@@ -73,8 +73,7 @@ def simulate_storage_of_merges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.merge.hold_lease", hold_by_own_clock)
     monkeypatch.setattr("tasks.merging.publish.code_version", lambda: "simulated")
     monkeypatch.setattr("tasks.merging.publish.time", SimpleNamespace(time=lambda: 0.0))
-    usage = SimpleNamespace(ru_maxrss=0)
-    monkeypatch.setattr("tasks.merging.execute.resource", SimpleNamespace(getrusage=lambda _: usage, RUSAGE_SELF=0))
+    monkeypatch.setattr("tasks.merging.execute.peak_resident_bytes", lambda: 0)
 
 
 def hold_by_own_clock(store: Store, name: str) -> AbstractContextManager[Lease]:

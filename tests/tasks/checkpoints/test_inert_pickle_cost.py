@@ -56,15 +56,16 @@ def test_read_pickle_of_shared_values_does_not_copy_them() -> None:
 def test_read_pickle_memory_is_bounded_by_the_length_of_the_file() -> None:
     # In a process of its own: 8 MiB of the opcodes that make most of a byte, in at most 80 bytes for each.
     code = """
-import resource, sys
+import sys
 from tasks.checkpoints.inert_pickle import read_pickle
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from tasks.peak_memory import peak_resident_bytes
+before = peak_resident_bytes()
 body = b"N" + eval(sys.argv[1]) * (8 << 20)
 try:
     read_pickle(b"\\x80\\x02" + body + b"(t.", frozenset(), "x")
 except Exception as error:
     assert type(error).__name__ == "CheckpointError", error
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len(body))
+print((peak_resident_bytes() - before) / len(body))
 """
     for opcode in (b"}", b"]", b"(", b"\x85"):
         done = subprocess.run(
