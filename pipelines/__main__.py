@@ -7,6 +7,7 @@ import sys
 import click
 
 from pipelines.commands.configuration import config
+from pipelines.commands.data import tokenize
 from pipelines.commands.jobs import submit
 from pipelines.commands.merging import adopt, evaluate, export, merge, verify
 from pipelines.commands.schedule import plan, tick, watch
@@ -15,7 +16,7 @@ from pipelines.commands.upkeep import gc, report, status
 from pipelines.console import EXIT_USAGE, report_failure
 
 COMMANDS: tuple[click.Command, ...] = (
-    demo, pretrain, anneal, merge, plan, tick, watch, adopt, export, evaluate, verify, status, report, gc, submit, config,
+    demo, pretrain, anneal, merge, plan, tick, watch, adopt, export, evaluate, verify, status, report, gc, submit, tokenize, config,
 )  # fmt: skip
 
 
