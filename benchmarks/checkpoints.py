@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.storage import open_store
-from configs.sections import ModelConfig
+from configs.model import ModelConfig
 from tasks.checkpoints.safetensors_header import TensorEntry
 from tasks.checkpoints.writer import write_shard, write_side_files
 

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.checkpoints import tensor_shapes
 from cluster.storage import open_store
 from configs.load import load_config
-from configs.sections import ModelConfig
+from configs.model import ModelConfig
 from pipelines.merge_request import collection_paused
 from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.regions import Region, TensorPlace

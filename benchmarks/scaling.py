@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.checkpoints import SHAPE, write_checkpoints
 from benchmarks.measure import Cost, medians, run_measured
-from configs.sections import ModelConfig
+from configs.model import ModelConfig
 
 COUNTS = (3, 10, 20, 40)
 SMALL = dataclasses.replace(SHAPE, num_layers=2, vocab_size=16_000)

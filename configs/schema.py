@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from configs.data import DataConfig
 from configs.fields import execution, require
 from configs.merging import MergeConfig, RetentionConfig
-from configs.sections import (
-    AnnealConfig,
-    ClusterConfig,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    SnapshotConfig,
-    TrackingConfig,
-    TrainingConfig,
-)
+from configs.model import ModelConfig
+from configs.sections import AnnealConfig, ClusterConfig, EvaluationConfig, TrackingConfig
+from configs.training import OptimizerConfig, ScheduleConfig, SnapshotConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

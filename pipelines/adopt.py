@@ -18,7 +18,8 @@ from configs.errors import UserError
 from configs.load import load_config, override
 from configs.merging import MergeConfig
 from configs.schema import Config
-from configs.sections import AnnealConfig, EvaluationConfig, ScheduleConfig, SnapshotConfig, TrainingConfig
+from configs.sections import AnnealConfig, EvaluationConfig
+from configs.training import ScheduleConfig, SnapshotConfig, TrainingConfig
 from configs.typed import parse_record
 from tasks.checkpoints.adopt import adopt_checkpoint
 from tasks.checkpoints.digest import fingerprint

@@ -12,7 +12,8 @@ from cluster.storage import Store, open_store
 from configs.load import config_to_dict
 from configs.merging import MergeConfig, RetentionConfig
 from configs.schema import Config
-from configs.sections import AnnealConfig, EvaluationConfig, ScheduleConfig, SnapshotConfig, TrainingConfig
+from configs.sections import AnnealConfig, EvaluationConfig
+from configs.training import ScheduleConfig, SnapshotConfig, TrainingConfig
 from tasks.checkpoints.manifest import Manifest, model_digest, parse_manifest
 from tasks.checkpoints.run_folder import RUN_KEY, snapshot_key
 from tasks.checkpoints.writer import commit_manifest, write_shard, write_side_files

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from cluster.storage import list_text_files, scheme_of
 from cluster.storage_fsspec import read_file
+from configs.data import DataConfig
 from configs.errors import UserError
-from configs.sections import DataConfig
 
 STDLIB_SOURCE = "python://stdlib"
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from configs.sections import ModelConfig
+from configs.model import ModelConfig
 
 
 def build_model_config(model: ModelConfig, sequence_length: int) -> PreTrainedConfig:

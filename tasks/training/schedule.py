@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from configs.schema import Config
-from configs.sections import ScheduleConfig
+from configs.training import ScheduleConfig
 from tasks.curves import DECAY_CURVES
 
 Phase = Literal["warmup", "stable", "decay"]

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from configs.schema import Config
-from configs.sections import OptimizerConfig
+from configs.training import OptimizerConfig
 from tasks.models.build import build_model
 
 

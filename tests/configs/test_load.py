@@ -21,7 +21,8 @@ from configs.load import (
     load_config,
 )
 from configs.schema import Config
-from configs.sections import ClusterConfig, TrackingConfig, TrainingConfig
+from configs.sections import ClusterConfig, TrackingConfig
+from configs.training import TrainingConfig
 
 WriteYaml = Callable[[str], str]
 

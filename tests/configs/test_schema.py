@@ -10,19 +10,13 @@ from typing import Any
 import pytest
 
 from configs import schema
+from configs.data import DataConfig
 from configs.errors import ConfigError
 from configs.merging import MergeConfig
+from configs.model import ModelConfig
 from configs.schema import Config
-from configs.sections import (
-    AnnealConfig,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    SnapshotConfig,
-    TrainingConfig,
-)
+from configs.sections import AnnealConfig, EvaluationConfig
+from configs.training import OptimizerConfig, ScheduleConfig, SnapshotConfig, TrainingConfig
 
 SECTIONS = [value for value in vars(schema).values() if inspect.isclass(value) and dataclasses.is_dataclass(value)]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from configs.data import DataConfig
 from configs.errors import ConfigError
-from configs.sections import DataConfig, TrackingConfig
+from configs.sections import TrackingConfig
 from configs.urls import require_no_credentials
 
 SECRET = "wJalrXUtnFEMIbPxRfiCY"

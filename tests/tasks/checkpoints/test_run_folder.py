@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from configs.data import DataConfig
 from configs.errors import UserError
 from configs.merging import MergeConfig
 from configs.schema import Config
-from configs.sections import DataConfig
 from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest
 from tasks.checkpoints.run_folder import RunFolder, StartPoint, snapshot_key
 from tasks.checkpoints.safetensors_header import CheckpointError

@@ -10,8 +10,8 @@ import pytest
 from blake3 import blake3
 
 from cluster.storage import open_store
+from configs.data import DataConfig
 from configs.errors import UserError
-from configs.sections import DataConfig
 from tasks.data import corpus as corpus_module
 from tasks.data.corpus import DOCUMENT_END, STDLIB_SOURCE, Corpus, is_held_out, read_corpus
 

@@ -9,7 +9,8 @@ import pytest
 
 from configs.errors import UserError
 from configs.schema import Config
-from configs.sections import EvaluationConfig, TrainingConfig
+from configs.sections import EvaluationConfig
+from configs.training import TrainingConfig
 from tasks.data.corpus import Corpus
 from tasks.data.held_out import held_out_slices
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cluster.storage import open_store
-from configs.sections import ModelConfig
+from configs.model import ModelConfig
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.checkpoints.safetensors_header import CheckpointError, read_header
 from tasks.models.build import build_model, build_model_config

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs.schema import Config
-from configs.sections import ScheduleConfig, TrainingConfig
+from configs.training import ScheduleConfig, TrainingConfig
 from tasks.curves import DECAY_CURVES
 from tasks.training.schedule import learning_rate_at, phase_at, step_learning_rate
 
