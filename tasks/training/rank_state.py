@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from cluster.storage import Store
-from tasks.checkpoints.manifest import Shard
 from tasks.checkpoints.reader import Checkpoint
-from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry
-from tasks.checkpoints.writer import write_shard
+from tasks.checkpoints.safetensors_header import CheckpointError
 from tasks.models.disk_layout import pieces_of
 from tasks.models.weights import read_slice, require_census
 from tasks.training.sharded_model import RankSlice, ShardedModel
+from tasks.training.share import HostShare
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def write_rank_shards(model: ShardedModel, store: Store, rank: int, world_size: int) -> list[Shard]:
-    """Collectively gather, and write this rank's model shard and state shard; none if it owns no tensor."""
+def gather_share(model: ShardedModel, rank: int, world_size: int) -> HostShare:
+    """Collectively gather what this rank writes of a snapshot, as host copies."""
     owners = assign_owners(model.slices, world_size)
     weights: dict[str, torch.Tensor] = {}
     moments: dict[str, torch.Tensor] = {}
@@ -37,13 +34,8 @@ def write_rank_shards(model: ShardedModel, store: Store, rank: int, world_size: 
             _collect(
                 item, _as_sharded(item, _moment(model, item, moment)), f"{moment}.", moments if owner == rank else None
             )
-    shards = []
     number = sorted(set(owners)).index(rank) + 1 if rank in owners else 0
-    of = len(set(owners))
-    if weights:
-        shards.append(_write(store, f"model-{number:05d}-of-{of:05d}.safetensors", weights, "model"))
-        shards.append(_write(store, f"state-{number:05d}-of-{of:05d}.safetensors", moments, "state"))
-    return shards
+    return HostShare(number=number, of=len(set(owners)), model=weights, state=moments)
 
 
 def restore_rank(model: ShardedModel, checkpoint: Checkpoint, *, with_moments: bool, optimizer_steps: int) -> None:
@@ -83,7 +75,7 @@ def _collect(item: RankSlice, sharded: torch.Tensor, prefix: str, into: dict[str
     whole = sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
     if into is not None:
         for piece in pieces_of(item.name, item.shape):
-            into[prefix + piece.disk_name] = piece.of(whole.detach()).contiguous()
+            into[prefix + piece.disk_name] = piece.of(whole.detach()).clone(memory_format=torch.contiguous_format)
 
 
 def _as_sharded(item: RankSlice, local: torch.Tensor) -> torch.Tensor:
@@ -108,15 +100,3 @@ def _moment(model: ShardedModel, item: RankSlice, moment: str) -> torch.Tensor:
     tensor = state[moment]
     assert isinstance(tensor, torch.Tensor)
     return tensor
-
-
-def _write(store: Store, key: str, tensors: dict[str, torch.Tensor], part: str) -> Shard:
-    assert part in ("model", "state")
-    names = sorted(tensors)
-    specs = [(name, "F32", tuple(tensors[name].shape)) for name in names]
-
-    def chunks_of(entry: TensorEntry) -> list[memoryview]:
-        flat: Any = tensors[entry.name].numpy().reshape(-1)
-        return [memoryview(flat).cast("B")]
-
-    return write_shard(store, key, specs, chunks_of, "model" if part == "model" else "state")

@@ -22,8 +22,9 @@ from tasks.checkpoints.manifest import (
 from tasks.checkpoints.run_folder import code_version, snapshot_key
 from tasks.checkpoints.writer import commit_manifest, write_side_files
 from tasks.models.build import build_model_config
-from tasks.training.rank_state import write_rank_shards
+from tasks.training.rank_state import gather_share
 from tasks.training.schedule import phase_at, step_learning_rate
+from tasks.training.share import write_share
 
 if TYPE_CHECKING:
     from tasks.training.worker import Worker
@@ -65,7 +66,7 @@ def publish_snapshot(worker: Worker, window: LossWindow, segment: int) -> float:
     """
     started = time.perf_counter()
     store = worker.run.store.child(snapshot_key(worker.step))
-    mine = write_rank_shards(worker.model, store, worker.rank, worker.world_size)
+    mine = write_share(gather_share(worker.model, worker.rank, worker.world_size), store)
     everyone: list[list[Shard]] | None = [[] for _ in range(worker.world_size)] if worker.rank == 0 else None
     dist.gather_object(mine, everyone, dst=0)
     if everyone is not None:
