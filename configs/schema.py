@@ -8,6 +8,7 @@ from configs.data import DataConfig
 from configs.fields import execution, require
 from configs.merging import MergeConfig, RetentionConfig
 from configs.model import ModelConfig
+from configs.recovery import DrillConfig, RecoveryConfig
 from configs.sections import AnnealConfig, ClusterConfig, EvaluationConfig, TrackingConfig
 from configs.training import OptimizerConfig, ScheduleConfig, SnapshotConfig, TrainingConfig
 
@@ -38,6 +39,10 @@ class Config:
     """Merges on schedule."""
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     """What `pma gc` may remove."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """What is done about a loss spike."""
+    drill: DrillConfig = field(default_factory=DrillConfig)
+    """Faults made on purpose."""
     anneal: AnnealConfig = field(default_factory=AnnealConfig)
     """Annealing branch."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -27,6 +27,21 @@ class TrainingConfig:
     """Global gradient-norm clip; null turns clipping off."""
     fsdp_unit: Literal["model", "layer"] = execution("layer")
     """What FSDP2 gathers at once: each layer (large models) or the whole model (tiny ones)."""
+    device: Literal["auto", "cpu", "cuda"] = execution("auto")
+    """Where workers compute: ``cuda`` (NCCL), ``cpu`` (gloo), or ``auto``: CUDA where a worker sees a GPU."""
+    data_parallel_replicas: int = execution(1)
+    """Whole copies of the model, each sharded over workers / replicas of them (hybrid sharding); 1 is plain FSDP."""
+    expert_parallel: int = execution(1)
+    """Workers that share out the experts of a layer and send each other tokens; 1 keeps every expert under FSDP alone."""
+    micro_batches: int = execution(1)
+    """Forward and backward passes of one worker per optimizer step; more of them need less memory for activations."""
+    reduce_each_micro_batch: bool = execution(False)
+    """Reduce gradients after every micro batch (memory of one FSDP unit) or once a step (fewer bytes over the network,
+    but whole gradients on every worker)."""
+    activation_checkpointing: Literal["none", "layer"] = execution("none")
+    """``layer`` keeps a layer's input alone and computes the layer again in the backward pass."""
+    compile: bool = execution(False)
+    """Compile each layer with torch.compile; the first steps take minutes on large models."""
     log_interval_steps: int = execution(10)
     """Steps between router-health measurements; loss and gradient norm are logged for every step."""
     max_restarts: int = execution(3)
@@ -60,6 +75,8 @@ class TrainingConfig:
             self.max_gradient_norm,
             "a positive number, or null for no clipping",
         )
+        for name in ("data_parallel_replicas", "expert_parallel", "micro_batches"):
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         require(self.log_interval_steps >= 1, "training.log_interval_steps", self.log_interval_steps, "at least 1")
         require(self.max_restarts >= 0, "training.max_restarts", self.max_restarts, "0 or more")
 
@@ -86,10 +103,27 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; vectors (norms, biases) are not decayed."""
+    guard: Literal["none", "skip-step", "zclip"] = "none"
+    """What is done about an unusual update: ``skip-step`` refuses it (OLMo-core), ``zclip`` clips it (arXiv 2504.02507)."""
+    guard_window_steps: int = 128
+    """Steps whose losses and gradient norms ``skip-step`` compares with; OLMo-core's default."""
+    guard_sigma: float = 6.0
+    """Standard deviations from which ``skip-step`` refuses an update; OLMo-core's default."""
+    zclip_decay: float = 0.97
+    """Decay of ``zclip``'s mean and variance, the paper's alpha."""
+    zclip_threshold: float = 2.5
+    """z-score from which ``zclip`` clips; the paper's default."""
+    zclip_warmup_steps: int = 25
+    """Steps whose gradient norms give ``zclip`` its first mean and variance; the paper's default."""
 
     def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "zclip_decay"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "in [0, 1)")
+        for name in ("guard_sigma", "zclip_threshold"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"optimizer.{name}", value, "a positive number")
+        for name in ("guard_window_steps", "zclip_warmup_steps"):
+            require(getattr(self, name) >= 2, f"optimizer.{name}", getattr(self, name), "at least 2 steps")
         require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "a positive number")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
 
@@ -129,3 +163,18 @@ class SnapshotConfig:
 
     interval_tokens: int = 102_400
     """Tokens between snapshots; the last step of a run is always published."""
+    ephemeral_seconds: float | None = execution(None)
+    """Seconds of wall clock after which a further, ephemeral snapshot is taken in between, to resume from alone; null: none."""
+
+    def __post_init__(self) -> None:
+        seconds = self.ephemeral_seconds
+        require(
+            seconds is None or 0 < seconds < math.inf,
+            "snapshots.ephemeral_seconds",
+            seconds,
+            "a positive number of seconds, or null",
+        )
+
+    def is_ephemeral_due(self, now: float, last_taken: float) -> bool:
+        """Whether a snapshot between the intervals is due; both times in seconds by one steady clock, that of rank 0."""
+        return self.ephemeral_seconds is not None and now - last_taken >= self.ephemeral_seconds

@@ -11,12 +11,14 @@ from configs.errors import UserError
 from configs.schema import Config
 from pipelines.beside import Beside
 from pipelines.driven import Driven
-from pipelines.pretrain import hold_run, pretrain_steps, require_workable, start_point, summarise, working_session
+from pipelines.pretrain import pretrain_steps, require_workable, start_point, summarise, working_session
+from pipelines.run_lease import hold_run
 from pipelines.steps import Step, pending_steps, run_steps
 from pipelines.tracking import TrackingThread
 from pipelines.units import evaluation_units
 from tasks.checkpoints.pins import hold_pins
-from tasks.checkpoints.run_folder import RunFolder, StartPoint
+from tasks.checkpoints.run_folder import RunFolder
+from tasks.checkpoints.start_point import StartPoint
 
 
 def anneal(run_url: str, from_step: int, *, tokens: int | None = None) -> dict[str, Any]:

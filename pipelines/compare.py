@@ -8,7 +8,8 @@ from typing import Any
 
 from configs.schema import Config
 from pipelines.driven import Driven
-from pipelines.pretrain import hold_run, pretrain_steps
+from pipelines.pretrain import pretrain_steps
+from pipelines.run_lease import hold_run
 from pipelines.scheduled import evaluate_all, make_merges, on_ray, unevaluated
 from pipelines.steps import Step, Unit, pending_steps, run_steps
 from pipelines.timing import timed

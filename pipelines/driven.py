@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from cluster.lease import Lease
 from configs.schema import Config
 from pipelines.beside import Beside
-from tasks.checkpoints.run_folder import RunFolder, StartPoint
+from tasks.checkpoints.run_folder import RunFolder
+from tasks.checkpoints.start_point import StartPoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,10 +81,13 @@ def survey(run: RunFolder, config: Config, now: float) -> RetentionPlan:
     catalog = Catalog(run.store)
     catalog.refresh()
     snapshots = without_gone(run.store, catalog.snapshots())
+    left = without_gone(run.store, catalog.left_behind())
     merged = {folder_of(glance): glance for glance in without_gone(run.store, catalog.merged().values())}
     rows = schedule_of(config)
     ends = config.training.total_tokens if snapshots and snapshots[-1].kind == "training" else None
-    holdings = [(f"snapshots/{folder_of(s)}", s) for s in snapshots] + [(f"merged/{n}", g) for n, g in merged.items()]
+    holdings = [(f"snapshots/{folder_of(s)}", s) for s in (*snapshots, *left)] + [
+        (f"merged/{n}", g) for n, g in merged.items()
+    ]
     branches = {name: run.branch(name) for name in run.branches() if run.branch(name).store.exists(RUN_KEY)}
     needed = join_reasons(
         {name: [f"pinned by {owner}"] for name, owner in pins.items()},
@@ -96,7 +99,7 @@ def survey(run: RunFolder, config: Config, now: float) -> RetentionPlan:
     )
     surplus = set(merged) - kept_merges(list(merged.items()), rows)
     return plan_retention(
-        Holdings(snapshots=tuple(snapshots), merged=merged, needed=needed, surplus=surplus),
+        Holdings(snapshots=tuple(snapshots), merged=merged, needed=needed, surplus=surplus, left_behind=tuple(left)),
         config.retention,
         interval_tokens=config.snapshots.interval_tokens,
         now=now,

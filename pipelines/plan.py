@@ -15,7 +15,8 @@ from pipelines.compare import compare_step
 from pipelines.driven import Driven
 from pipelines.pretrain import pretrain_steps
 from pipelines.steps import Step, Unit, read_records
-from tasks.checkpoints.run_folder import RUN_KEY, RunFolder, StartPoint, require_same_run, snapshot_key
+from tasks.checkpoints.run_folder import RUN_KEY, RunFolder, require_same_run, snapshot_key
+from tasks.checkpoints.start_point import StartPoint
 
 ASSUMED_BYTES_PER_SECOND = 1 << 30
 """Bandwidth of merging before a merge of the run was timed."""

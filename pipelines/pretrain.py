@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import _thread
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from cluster.errors import GangFailed, LeaseLost, StorageError
-from cluster.gang import WorkerLost, run_gang
-from cluster.journal import write_event
-from cluster.lease import Lease, hold_lease
 from cluster.session import ray_session
 from cluster.storage import is_shared_with_workers
 from configs.errors import UserError
-from configs.load import config_to_dict, identity_of
+from configs.load import identity_of
 from configs.schema import Config
 from pipelines.beside import Beside
 from pipelines.driven import Driven
+from pipelines.gangs import is_trained, train_to_end
 from pipelines.progress import Progress
+from pipelines.run_lease import hold_run
 from pipelines.scheduled import due_now, unevaluated
 from pipelines.steps import Step, pending_steps, run_steps
 from pipelines.timing import timed
 from pipelines.tracking import TrackingThread
 from pipelines.units import evaluation_units, merge_units, snapshot_units
 from tasks.checkpoints.pins import hold_pins
-from tasks.checkpoints.run_folder import RUN_KEY, RUN_LEASE, RunFolder, StartPoint
+from tasks.checkpoints.run_folder import RUN_KEY, RunFolder
+from tasks.checkpoints.start_point import StartPoint
 from tasks.data.batches import num_windows
 from tasks.data.corpus import read_corpus
 from tasks.data.held_out import held_out_slices
@@ -133,48 +132,6 @@ def working_session(run: RunFolder, config: Config) -> Iterator[None]:
         yield
 
 
-def train_to_end(run: RunFolder, config: Config, lease: Lease, beside: Beside | None, *, label: str) -> None:
-    """Run gangs until the last step is committed; a gang that loses a worker is started again from the newest snapshot."""
-    if is_trained(run, config):
-        return
-    with (
-        Progress(run, config, label, lambda: list(beside.activity.values()) if beside else []),
-        timed(run.store, f"training {label}", "training"),
-    ):
-        for attempt in range(config.training.max_restarts + 1):
-            task = _segment_task(
-                run, config, lease, cause="worker lost" if attempt else "resume" if run.snapshots() else "start"
-            )
-            try:
-                run_gang(
-                    _train_segment,
-                    task,
-                    num_workers=config.training.num_workers,
-                    name=f"{config.name}-{attempt}",
-                    nodes=config.cluster.train_nodes,
-                )
-                return
-            except WorkerLost as lost:
-                lease.check()
-                _raise_if_final(lost)
-                write_event(run.store, "worker-lost", {"attempt": attempt, "message": str(lost)[:2000]})
-                logger.warning("a worker was lost (%s); continuing from the newest snapshot", first_line(lost.root))
-    raise GangFailed(
-        f"workers failed {config.training.max_restarts + 1} times (training.max_restarts={config.training.max_restarts}); "
-        "the committed snapshots are intact: mend the cause and run the same command again"
-    )
-
-
-def hold_run(run: RunFolder) -> AbstractContextManager[Lease]:
-    """The lease that lets one driver act on a run; losing it interrupts this process."""
-
-    def interrupt() -> None:
-        logger.error("the lease of %s was lost to another driver; stopping", run.url)
-        _thread.interrupt_main()
-
-    return hold_lease(run.store, RUN_LEASE, on_lost=interrupt)
-
-
 def require_workable(run: RunFolder, config: Config) -> None:
     """Find the user's mistakes before anything starts: storage that workers cannot see, a corpus without text."""
     if not is_shared_with_workers(run.store):
@@ -186,12 +143,6 @@ def require_workable(run: RunFolder, config: Config) -> None:
             f"(training.sequence_length={config.training.sequence_length}); give more text"
         )
     held_out_slices(read_corpus(config.data, "held_out"), config)
-
-
-def is_trained(run: RunFolder, config: Config) -> bool:
-    """Whether the run's last step is committed."""
-    snapshots = run.snapshots()
-    return bool(snapshots) and snapshots[-1].step >= config.training.total_steps
 
 
 def has_work_left(run: RunFolder, config: Config) -> bool:
@@ -239,6 +190,7 @@ def summarise(run: RunFolder, *, seconds: float) -> dict[str, Any]:
         "digest": last.manifest.digest,
         "loss": last.manifest.loss.mean if last.manifest.loss else None,
         "segments": run.segments(),
+        "recoveries": [dataclasses.asdict(recovery) for recovery in run.recoveries()],
         "seconds": round(seconds, 3),
     }
 
@@ -255,16 +207,15 @@ def start_point(run: RunFolder, step: int) -> StartPoint:
     return StartPoint(url=chosen.url, digest=chosen.manifest.digest, step=step, tokens_seen=chosen.manifest.tokens_seen)
 
 
-def first_line(error: BaseException) -> str:
-    """The last line of an error's text, which is where Ray puts the cause."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else type(error).__name__
-
-
 def _train(driven: Driven) -> dict[str, Any]:
     assert driven.lease is not None
     label = driven.config.name if driven.start is None else f"{driven.config.name} from step {driven.start.step:,}"
-    train_to_end(driven.run, driven.config, driven.lease, driven.beside, label=label)
+    beside = driven.beside
+    with (
+        Progress(driven.run, driven.config, label, lambda: list(beside.activity.values()) if beside else []),
+        timed(driven.run.store, f"training {label}", "training"),
+    ):
+        train_to_end(driven.run, driven.config, driven.lease)
     last = driven.run.snapshots()[-1]
     return {"step": last.step, "digest": last.digest, "state_digest": last.manifest.state_digest}
 
@@ -281,29 +232,3 @@ def _finish_evaluations(driven: Driven) -> dict[str, Any]:
     with timed(driven.run.store, "evaluations after training", "evidence"):
         driven.beside.finish()
     return {"evaluations": len(driven.run.store.keys("evaluations"))}
-
-
-def _segment_task(run: RunFolder, config: Config, lease: Lease, *, cause: str) -> Any:
-    from tasks.training.worker import SegmentTask
-
-    return SegmentTask(
-        run_url=run.url, config=config_to_dict(config), lease_token=lease.token, cause=cause, launched=time.time()
-    )
-
-
-def _train_segment(task: Any) -> dict[str, Any]:
-    # Imported in the worker: the driver itself never needs torch.
-    from tasks.training.worker import train_segment
-
-    return train_segment(task)
-
-
-def _raise_if_final(lost: WorkerLost) -> None:
-    """Raise the cause of a lost worker if starting again cannot help: storage, the user's mistake, a lost lease."""
-    error: BaseException | None = lost.root
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, (StorageError, UserError, LeaseLost)):
-            raise error from lost
-        seen.add(id(error))
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__

@@ -133,7 +133,7 @@ def unevaluated(run: RunFolder, config: Config) -> list[str]:
         for name, manifest in run.merged().items()
         if pending(f"merged/{name}", manifest.digest) and is_evaluated(name, manifest, rows)
     ]
-    raw = [s.url for s in run.snapshots() if pending(snapshot_key(s.step), s.digest)]
+    raw = [s.url for s in run.snapshots() if pending(snapshot_key(s.step, s.recovery), s.digest)]
     return sorted(merged, reverse=True) + raw[::-1]
 
 

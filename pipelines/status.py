@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -67,7 +68,11 @@ def status(run_url: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
             }
             for name, m in merged.items()
         ],
+        "left_behind": [
+            {"step": s.step, "url": s.url, "digest": s.digest, "healthy": s.healthy} for s in catalog.left_behind()
+        ],
         "segments": run.segments(),
+        "recoveries": [dataclasses.asdict(recovery) for recovery in run.recoveries()],
         "branches": run.branches(),
         "leases": leases,
         "due": [merge.name for merge in due],

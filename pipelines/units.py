@@ -12,7 +12,7 @@ from pipelines.driven import Driven
 from pipelines.steps import Unit
 from tasks.checkpoints.dooms import merges_made
 from tasks.checkpoints.manifest import Manifest, read_manifest
-from tasks.checkpoints.run_folder import Snapshot
+from tasks.checkpoints.run_folder import Snapshot, snapshot_key
 from tasks.evaluation.held_out import evaluation_key, suite_of
 from tasks.merging.schedule import DueMerge, due_merges, schedule_of
 from tasks.training.schedule import phase_at
@@ -33,13 +33,17 @@ class Expected:
     """Phase of the schedule."""
     healthy: bool = True
     """What is not trained yet is taken to go well."""
+    recovery: int = 0
+    """Recoveries in force when it was or will be made."""
+    ephemeral: bool = False
+    """Whether it is there to resume from alone, and in no window."""
     committed: Snapshot | None = None
     """The snapshot, once it is there."""
 
     @property
     def name(self) -> str:
         """Folder below ``snapshots``."""
-        return f"step-{self.step:09d}"
+        return snapshot_key(self.step, self.recovery).rpartition("/")[2]
 
 
 def expected_snapshots(driven: Driven) -> list[Expected]:
@@ -49,13 +53,23 @@ def expected_snapshots(driven: Driven) -> list[Expected]:
     interval, total = config.snapshots.interval_tokens // batch, config.training.total_steps
     begun = start.step if start else 0
     found = {
-        s.step: Expected(step=s.step, tokens_seen=s.tokens_seen or 0, phase=s.phase, healthy=s.healthy, committed=s)
+        s.step: Expected(
+            step=s.step,
+            tokens_seen=s.tokens_seen or 0,
+            phase=s.phase,
+            healthy=s.healthy,
+            recovery=s.recovery,
+            ephemeral=s.ephemeral,
+            committed=s,
+        )
         for s in driven.run.snapshots()
     }
-    newest = max(found, default=begun)
+    newest, recovery = max(found, default=begun), len(driven.run.recoveries())
     for step in {*range(interval, total + 1, interval), total}:
         if step > newest:
-            found[step] = Expected(step=step, tokens_seen=step * batch, phase=phase_at(config, step * batch))
+            found[step] = Expected(
+                step=step, tokens_seen=step * batch, phase=phase_at(config, step * batch), recovery=recovery
+            )
     return [found[step] for step in sorted(found)]
 
 

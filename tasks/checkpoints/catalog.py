@@ -20,6 +20,7 @@ from cluster.storage import Store
 from configs.typed import parse_record
 from tasks.checkpoints.digest import fingerprint
 from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest, parse_manifest
+from tasks.checkpoints.recoveries import Recovery, living, read_recoveries
 
 CATALOG_KEY = "cache/catalog.json"
 FORMAT_VERSION = 1
@@ -50,6 +51,10 @@ class Glance:
     """Of all its objects; those of an adopted one lie elsewhere."""
     created: float
     """Unix seconds."""
+    recovery: int = 0
+    """Recoveries that were in force when it was made."""
+    ephemeral: bool = False
+    """Whether it is there to resume from alone."""
     method: str | None = None
     """For merged checkpoints."""
     inputs: tuple[str, ...] = ()
@@ -64,15 +69,18 @@ class Catalog:
         self._rows: dict[str, tuple[str, Glance]] = {}
         """Folder below the run to the manifest's version and what it says."""
         self._losses: dict[str, float] = {}
+        self._recoveries: list[Recovery] = []
         self._is_read = False
 
     def refresh(self) -> None:
-        """Look for what was committed or removed since; two listings, and one read per new manifest."""
+        """Look for what was committed or removed since; three listings, and one read per new manifest and per recovery."""
         self._require_cache()
         folders = [f"{part}/{name}" for part in ("snapshots", "merged") for name in self.store.folders(part)]
         known = {folder: self._rows[folder] for folder in folders if folder in self._rows and self._is_current(folder)}
         new = fan_out_local(self._look, [f for f in folders if f not in known], num_workers=NUM_READERS)
         rows = known | {folder: row for folder, row in new if row is not None}
+        # After the snapshots: one that was committed in between belongs to a recovery that is then read, too.
+        self._recoveries = read_recoveries(self.store)
         if rows != self._rows:
             self._rows = rows
             self._write_cache()
@@ -90,9 +98,17 @@ class Catalog:
         return found
 
     def snapshots(self) -> list[Glance]:
-        """Snapshots by step, as of the last :meth:`refresh`."""
+        """Snapshots by step, as of the last :meth:`refresh`, without those that a recovery left behind."""
+        return living(self._all_snapshots(), self._recoveries)
+
+    def left_behind(self) -> list[Glance]:
+        """Snapshots by step that a recovery left behind."""
+        kept = {glance.url for glance in self.snapshots()}
+        return [glance for glance in self._all_snapshots() if glance.url not in kept]
+
+    def _all_snapshots(self) -> list[Glance]:
         found = [glance for folder, (_, glance) in self._rows.items() if folder.startswith("snapshots/")]
-        return sorted((glance for glance in found if glance.step is not None), key=lambda glance: glance.step or 0)
+        return sorted((g for g in found if g.step is not None), key=lambda glance: (glance.step or 0, glance.recovery))
 
     def merged(self) -> dict[str, Glance]:
         """Merged checkpoints by name, as of the last :meth:`refresh`."""
@@ -163,6 +179,8 @@ def glance_at(manifest: Manifest, url: str) -> Glance:
         phase=manifest.phase,
         bytes=sum(shard.bytes for shard in manifest.shards) + sum(file.bytes for file in manifest.files),
         created=manifest.created,
+        recovery=manifest.recovery,
+        ephemeral=manifest.ephemeral,
         method=manifest.merge.method if manifest.merge else None,
         inputs=tuple(item.url for item in manifest.merge.inputs) if manifest.merge else (),
     )

@@ -152,6 +152,10 @@ class Manifest:
     """Run that made it."""
     segment: int | None = None
     """Segment that made it."""
+    recovery: int = 0
+    """Recoveries that were in force (of a merged one, when its newest input was made)."""
+    ephemeral: bool = False
+    """Whether it is there to resume from alone: off the grid of intervals, in no window, gone once a later one stands."""
     merge: Merge | None = None
     """For merged checkpoints."""
     source: Source | None = None
@@ -188,6 +192,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
     values = dataclasses.asdict(manifest)
     merge = values.pop("merge")
     values.update(merge or {})
+    # Left out where it says nothing, so that a manifest reads the same as those of before there were any.
+    if not manifest.ephemeral:
+        del values["ephemeral"]
     return json.dumps(values, indent=1, allow_nan=False).encode()
 
 

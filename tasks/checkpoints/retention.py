@@ -14,7 +14,7 @@ from typing import Any, Literal
 from configs.merging import RetentionConfig
 from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.pins import checkpoint_name
-from tasks.checkpoints.run_folder import StartPoint
+from tasks.checkpoints.start_point import StartPoint
 
 RECOVERY_COUNT = 3
 """Healthy snapshots before a spike that recovery merges (the paper's N for it, arXiv 2505.12082)."""
@@ -34,6 +34,8 @@ class Holdings:
     """What pins, windows, branches, segments and registered versions need."""
     surplus: Collection[str]
     """Names of merges that the schedule gives away."""
+    left_behind: tuple[Glance, ...] = ()
+    """Snapshots that a recovery left behind, by step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,9 @@ def plan_retention(holdings: Holdings, policy: RetentionConfig, *, interval_toke
         reasons_of_policy(holdings.snapshots, policy, interval_tokens=interval_tokens, now=now),
         reasons_of_health(holdings.snapshots),
     )
-    rows = [_row(f"snapshots/{folder_of(glance)}", glance, keep, "no rule keeps it") for glance in holdings.snapshots]
+    rows = [_row(f"snapshots/{folder_of(glance)}", glance, keep, _why_gone(glance)) for glance in holdings.snapshots]
+    keep_left = join_reasons(holdings.needed, reasons_of_age(holdings.left_behind, policy, now=now))
+    rows += [_row(f"snapshots/{folder_of(g)}", g, keep_left, "left behind by a recovery") for g in holdings.left_behind]
     for name, glance in sorted(holdings.merged.items()):
         own = {} if name in holdings.surplus else {f"merged/{name}": ["merged checkpoint"]}
         rows.append(_row(f"merged/{name}", glance, join_reasons(own, keep), "beyond keep_last of its schedule row"))
@@ -92,8 +96,9 @@ def plan_retention(holdings: Holdings, policy: RetentionConfig, *, interval_toke
 def reasons_of_policy(
     snapshots: Sequence[Glance], policy: RetentionConfig, *, interval_tokens: int, now: float
 ) -> dict[str, list[str]]:
-    """What the rules of the configuration keep; without a rule, everything."""
+    """What the rules of the configuration keep; without a rule, everything. Ephemeral snapshots are no matter of rules."""
     found: dict[str, list[str]] = {}
+    snapshots = _lasting(snapshots)
     newest = {snapshot.url for snapshot in snapshots[-policy.keep_last :]} if policy.keep_last else set()
     for snapshot in snapshots:
         age_hours = (now - snapshot.created) / 3600
@@ -111,10 +116,21 @@ def reasons_of_policy(
     return found
 
 
+def reasons_of_age(left_behind: Sequence[Glance], policy: RetentionConfig, *, now: float) -> dict[str, list[str]]:
+    """Why what a recovery left behind stays for now: as evidence, as long as the policy's age says; always without a policy."""
+    found: dict[str, list[str]] = {}
+    for glance in _lasting(left_behind):
+        is_young = policy.keep_hours is not None and (now - glance.created) / 3600 < policy.keep_hours
+        rules = {"no retention rule is set": not policy.is_set, f"younger than {policy.keep_hours} h": is_young}
+        found[f"snapshots/{folder_of(glance)}"] = [rule for rule, holds in rules.items() if holds]
+    return found
+
+
 def reasons_of_health(snapshots: Sequence[Glance]) -> dict[str, list[str]]:
-    """The newest, to resume from; the newest healthy one; and before the last spike those that recovery merges."""
+    """The newest, to resume from; of the lasting ones the newest healthy, and before the last spike those to recover from."""
+    newest, snapshots = snapshots[-1:], _lasting(snapshots)
     healthy = [snapshot for snapshot in snapshots if snapshot.healthy]
-    found = [(snapshots[-1:], "newest: training resumes here"), (healthy[-1:], "newest healthy")]
+    found = [(newest, "newest: training resumes here"), (healthy[-1:], "newest healthy")]
     sick = [i for i, snapshot in enumerate(snapshots) if not snapshot.healthy]
     if sick:
         onset = next(i for i in reversed(sick) if i == 0 or snapshots[i - 1].healthy)
@@ -175,6 +191,15 @@ def join_reasons(*parts: Reasons) -> dict[str, list[str]]:
 def folder_of(glance: Glance) -> str:
     """Name of a checkpoint's own folder."""
     return glance.url.rsplit("/", 1)[1]
+
+
+def _lasting(snapshots: Sequence[Glance]) -> list[Glance]:
+    """All but those that are there to resume from alone."""
+    return [snapshot for snapshot in snapshots if not snapshot.ephemeral]
+
+
+def _why_gone(glance: Glance) -> str:
+    return "ephemeral, and a later snapshot is committed" if glance.ephemeral else "no rule keeps it"
 
 
 def _row(name: str, glance: Glance, keep: Reasons, otherwise: str) -> RetentionRow:

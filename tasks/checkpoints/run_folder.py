@@ -19,23 +19,11 @@ from configs.errors import UserError
 from configs.load import config_from_dict, config_to_dict, identity_of
 from configs.schema import Config
 from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest, parse_manifest
+from tasks.checkpoints.recoveries import Recovery, folder_suffix, living, read_recoveries
+from tasks.checkpoints.start_point import StartPoint
 
 RUN_KEY = "run.json"
 RUN_LEASE = "run"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartPoint:
-    """Where a run begins if not from fresh weights: a full checkpoint of another run."""
-
-    url: str
-    """Snapshot's URL."""
-    digest: str
-    """Its content digest."""
-    step: int
-    """Its step; the new run counts on from there."""
-    tokens_seen: int
-    """Its tokens seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +72,16 @@ class Snapshot:
     def phase(self) -> str | None:
         """Phase of the learning-rate schedule."""
         return self.manifest.phase
+
+    @property
+    def recovery(self) -> int:
+        """Recoveries that were in force when it was made."""
+        return self.manifest.recovery
+
+    @property
+    def ephemeral(self) -> bool:
+        """Whether it is there to resume from alone, and in no window."""
+        return self.manifest.ephemeral
 
 
 class RunFolder:
@@ -137,13 +135,23 @@ class RunFolder:
         return self.identity()
 
     def snapshots(self) -> list[Snapshot]:
-        """Committed snapshots by step."""
+        """Committed snapshots by step, without those that a recovery left behind."""
+        # Snapshots first: one that is committed in between belongs to a recovery that is then read, too.
+        found = self.all_snapshots()
+        return living(found, self.recoveries())
+
+    def recoveries(self) -> list[Recovery]:
+        """Recoveries of the run, oldest first."""
+        return read_recoveries(self.store)
+
+    def all_snapshots(self) -> list[Snapshot]:
+        """Committed snapshots by step, those that a recovery left behind included."""
         found = []
         for name in self.store.folders("snapshots"):
             manifest = self._manifest(f"snapshots/{name}")
             if manifest is not None and manifest.step is not None:
                 found.append(Snapshot(step=manifest.step, url=f"{self.url}/snapshots/{name}", manifest=manifest))
-        return sorted(found, key=lambda snapshot: snapshot.step)
+        return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.recovery))
 
     def trajectory(self) -> list[Snapshot]:
         """Snapshots of this run and, before the point where it was forked, of the run it came from; by step."""
@@ -183,11 +191,11 @@ class RunFolder:
         self.store.create(_segment_key(number), json.dumps(record, indent=1).encode())
         return number
 
-    def close_segment(self, number: int, *, reason: str, step: int) -> None:
-        """Record why and where a segment ended."""
+    def close_segment(self, number: int, *, reason: str, step: int, alarm: dict[str, Any] | None = None) -> None:
+        """Record why and where a segment ended; for reason ``spike`` with the alarm's fields."""
         key = _segment_key(number)
         record = json.loads(self.store.read(key))
-        record["end"] = {"reason": reason, "step": step, "time": time.time()}
+        record["end"] = {"reason": reason, "step": step, "time": time.time()} | ({"alarm": alarm} if alarm else {})
         self.store.put(key, json.dumps(record, indent=1).encode())
 
     def _manifest(self, folder: str) -> Manifest | None:
@@ -200,9 +208,9 @@ class RunFolder:
         return self._manifests[folder]
 
 
-def snapshot_key(step: int) -> str:
-    """Folder of the snapshot at ``step`` below its run."""
-    return f"snapshots/step-{step:09d}"
+def snapshot_key(step: int, recovery: int = 0) -> str:
+    """Folder of the snapshot at ``step`` below its run, made when ``recovery`` recoveries were in force."""
+    return f"snapshots/step-{step:09d}{folder_suffix(recovery)}"
 
 
 def code_version() -> str:

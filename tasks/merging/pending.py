@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from tasks.merging.schedule import ScheduleRow, due_merges
-from tasks.merging.selection import Choosable
+from tasks.merging.selection import Choosable, on_grid
 
 
 class Kept(Choosable, Protocol):
@@ -31,7 +31,7 @@ def reasons_of_windows(
             found.setdefault(_folder(snapshot), []).append(f"{merge.name} is due")
     for row in rows:
         rule = row.rule
-        for snapshot in snapshots:
+        for snapshot in on_grid(snapshots):
             if _can_still_serve(snapshot.tokens_seen or 0, snapshots[-1].tokens_seen or 0, row, last_tokens):
                 why = f"coming windows of {rule.method} of {rule.count} every {rule.interval_tokens} tokens"
                 found.setdefault(_folder(snapshot), []).append(why)
@@ -56,6 +56,7 @@ class _End:
     def __init__(self, tokens_seen: int) -> None:
         self.step: int | None = None
         self.tokens_seen: int | None = tokens_seen
+        self.recovery = 0
 
 
 def _folder(snapshot: Kept) -> str:

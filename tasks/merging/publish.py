@@ -57,6 +57,7 @@ def publish(plan: MergePlan, receipts: Sequence[Receipt], check_lease: Callable[
         phase=newest.phase if newest else None,
         learning_rate=newest.learning_rate if newest else None,
         run_id=newest.run_id if newest else None,
+        recovery=newest.recovery if newest else 0,
         merge=Merge(
             method=plan.choice.method,
             alpha=plan.choice.alpha,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from configs.errors import UserError
+from tasks.checkpoints.recoveries import folder_suffix
 
 BORDERS = ("phase", "spike", "fork")
 """What a window crosses only if asked: phases of the schedule, a non-finite step, the start of a branch."""
@@ -26,6 +27,10 @@ class Place(Protocol):
     def tokens_seen(self) -> int | None:
         """Tokens seen up to it."""
 
+    @property
+    def recovery(self) -> int:
+        """Recoveries that were in force when it was made."""
+
 
 class Choosable(Place, Protocol):
     """What choosing a window asks of a snapshot."""
@@ -37,6 +42,10 @@ class Choosable(Place, Protocol):
     @property
     def phase(self) -> str | None:
         """Phase of the schedule."""
+
+    @property
+    def ephemeral(self) -> bool:
+        """Whether it lies off the grid of intervals, to resume from alone."""
 
 
 Placed = TypeVar("Placed", bound=Choosable)
@@ -71,12 +80,12 @@ class WindowRule:
     def name_at(self, end: Place) -> str:
         """Name of the merged checkpoint that ends where ``end`` does; one name per rule and step."""
         assert end.step is not None
-        return self.shortened(end.tokens_seen or 0).output_name(end.step)
+        return self.shortened(end.tokens_seen or 0).output_name(end.step, end.recovery)
 
-    def output_name(self, end_step: int) -> str:
-        """Name of a merge of exactly ``count`` snapshots that ends at ``end_step``."""
+    def output_name(self, end_step: int, recovery: int = 0) -> str:
+        """Name of a merge of exactly ``count`` snapshots that ends at ``end_step``, ``recovery`` recoveries being in force."""
         method = f"ema{self.alpha!r}" if self.method == "ema" else self.method.replace(":", "-")
-        return f"{method}-n{self.count}-v{self.interval_tokens}-step-{end_step:09d}"
+        return f"{method}-n{self.count}-v{self.interval_tokens}-step-{end_step:09d}{folder_suffix(recovery)}"
 
 
 def select_window(
@@ -84,9 +93,10 @@ def select_window(
 ) -> list[Placed]:
     """The ``rule.count`` snapshots at ``rule.interval_tokens`` that end at ``end_step`` (default: the newest), oldest first.
 
-    Raises :class:`configs.errors.UserError`, naming the snapshots that exist, if one is missing; or, unless ``across`` holds
+    Ephemeral ones are not counted: they may be gone before the merge is made. Raises :class:`configs.errors.UserError`, naming the snapshots that exist, if one is missing; or, unless ``across`` holds
     ``spike`` or ``phase``, if one is not healthy or the window crosses phases of the schedule.
     """
+    snapshots = on_grid(snapshots)
     if not snapshots:
         raise UserError("the run has no committed snapshots yet")
     if rule.count < 1:
@@ -117,17 +127,23 @@ def select_window(
 
 def due_windows(snapshots: Sequence[Placed], rule: WindowRule, done: Collection[str]) -> list[list[Placed]]:
     """Windows of ``rule`` that are complete and not merged yet (``done`` holds output names), oldest first."""
+    snapshots = on_grid(snapshots)
     by_tokens = {snapshot.tokens_seen: snapshot for snapshot in snapshots}
     due = []
     for end in snapshots:
         fitting = rule.shortened(end.tokens_seen or 0)
         fits = (end.tokens_seen or 0) > (fitting.count - 1) * fitting.interval_tokens
-        if fitting.count < MIN_COUNT or not fits or fitting.output_name(end.step or 0) in done:
+        if fitting.count < MIN_COUNT or not fits or fitting.output_name(end.step or 0, end.recovery) in done:
             continue
         window = [snapshot for snapshot in _window(by_tokens, fitting, end).values() if snapshot is not None]
         if len(window) == fitting.count and _border_crossed(window, ()) is None:
             due.append(window)
     return due
+
+
+def on_grid(snapshots: Iterable[Placed]) -> list[Placed]:
+    """Those of ``snapshots`` that windows are made of: all but ephemeral ones."""
+    return [snapshot for snapshot in snapshots if not snapshot.ephemeral]
 
 
 def _window(by_tokens: Mapping[int | None, Placed], rule: WindowRule, end: Placed) -> dict[int, Placed | None]:

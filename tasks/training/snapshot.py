@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from cluster.storage import Store
-from tasks.checkpoints.groups import group_names
-from tasks.checkpoints.manifest import (
-    STATE_KEY,
-    LossStatistics,
-    Manifest,
-    Shard,
-    model_digest,
-    state_digest,
-)
-from tasks.checkpoints.run_folder import code_version, snapshot_key
-from tasks.checkpoints.writer import commit_manifest, write_side_files
+from tasks.checkpoints.manifest import LossStatistics, Shard
+from tasks.checkpoints.run_folder import snapshot_key
 from tasks.models.build import build_model_config
 from tasks.training.rank_state import gather_share
 from tasks.training.schedule import phase_at, step_learning_rate
 from tasks.training.share import write_share
+from tasks.training.snapshot_board import open_board
+from tasks.training.snapshot_facts import SnapshotFacts, commit_snapshot
+from tasks.training.snapshot_flight import Terms
+from tasks.training.snapshot_writer import SnapshotWriter
 
 if TYPE_CHECKING:
     from tasks.training.worker import Worker
 
 
 class LossWindow:
-    """Loss and gradient norm of the steps since the previous snapshot."""
+    """Loss and gradient norm of the steps since the previous snapshot on the grid of intervals.
 
-    def __init__(self) -> None:
+    An ephemeral snapshot does not end a window; a segment that resumes from one takes over its statistics as ``carried``.
+    """
+
+    def __init__(self, carried: LossStatistics | None = None) -> None:
+        self._carried = carried
         self._losses: list[float] = []
         self._norms: list[float] = []
-        self._nonfinite = 0
+        self._nonfinite = carried.nonfinite_steps if carried else 0
 
     def add(self, loss: float, gradient_norm: float) -> None:
         """Count one step."""
@@ -48,82 +46,85 @@ class LossWindow:
 
     def statistics(self) -> LossStatistics:
         """Summary for the manifest."""
-        count = len(self._losses)
+        carried = self._carried
+        before = carried.steps - carried.nonfinite_steps if carried else 0
+        count = before + len(self._losses)
+        loss, norm, maximum, last = sum(self._losses), sum(self._norms), list(self._losses), self._losses[-1:]
+        if carried and before:
+            loss += (carried.mean or 0.0) * before
+            norm += (carried.gradient_norm_mean or 0.0) * before
+            maximum.append(carried.maximum or 0.0)
+            last = last or [carried.last or 0.0]
         return LossStatistics(
-            mean=sum(self._losses) / count if count else None,
-            maximum=max(self._losses, default=None),
-            last=self._losses[-1] if count else None,
-            gradient_norm_mean=sum(self._norms) / count if count else None,
+            mean=loss / count if count else None,
+            maximum=max(maximum, default=None),
+            last=last[0] if last else None,
+            gradient_norm_mean=norm / count if count else None,
             steps=count + self._nonfinite,
             nonfinite_steps=self._nonfinite,
         )
 
 
+def open_writer(worker: Worker) -> SnapshotWriter:
+    """The writer of this rank for one segment; every rank opens one."""
+    board = open_board(worker.rank, worker.world_size)
+    return SnapshotWriter(worker.run.store, Terms(board=board, check_lease=worker.check_lease))
+
+
+def begin_snapshot(
+    worker: Worker, writer: SnapshotWriter, window: LossWindow, segment: int, *, ephemeral: bool = False
+) -> Mapping[str, float]:
+    """Collectively take the state of the step just completed and begin to publish it; what this cost the step, as metrics.
+
+    Waits for the snapshot before, gathers host copies, and returns: upload and commit go on beside the next steps. Raises,
+    on all ranks or on none, what :meth:`tasks.training.snapshot_writer.SnapshotWriter.wait` does.
+    """
+    started = time.perf_counter()
+    waited = writer.wait()
+    writer.warn_if_slow(waited)
+    facts = facts_of(worker, window, segment, ephemeral=ephemeral)
+    share = gather_share(worker.model, worker.rank, worker.world_size)
+    writer.begin(share, facts)
+    return {
+        **writer.poll(),
+        "snapshot/wait_seconds": waited,
+        "snapshot/stall_seconds": time.perf_counter() - started,
+    }
+
+
 def publish_snapshot(worker: Worker, window: LossWindow, segment: int) -> float:
-    """Collectively write and commit the snapshot of the step just completed; returns seconds taken.
+    """Collectively write and commit the snapshot of the step just completed while training waits; seconds taken.
 
     The manifest appears only after every rank reported its shards; a rank that fails leaves none.
     """
     started = time.perf_counter()
-    store = worker.run.store.child(snapshot_key(worker.step))
+    facts = facts_of(worker, window, segment)
+    store = worker.run.store.child(facts.key)
     mine = write_share(gather_share(worker.model, worker.rank, worker.world_size), store)
     everyone: list[list[Shard]] | None = [[] for _ in range(worker.world_size)] if worker.rank == 0 else None
     dist.gather_object(mine, everyone, dst=0)
     if everyone is not None:
         shards = tuple(shard for rank_shards in everyone for shard in rank_shards)
-        _commit(worker, store, shards, window.statistics(), segment)
+        commit_snapshot(store, facts, shards, worker.check_lease)
     dist.barrier()
     return time.perf_counter() - started
 
 
-def state_scalars(worker: Worker) -> dict[str, Any]:
-    """The scalar training state; holds no wall-clock value, so that equal states are equal bytes."""
+def facts_of(worker: Worker, window: LossWindow, segment: int, *, ephemeral: bool = False) -> SnapshotFacts:
+    """What the manifest of the step just completed says beside its shards."""
     config = worker.config
-    return {
-        "format_version": 1,
-        "step": worker.step,
-        "tokens_seen": worker.tokens_seen,
-        "schedule": {
-            "phase": phase_at(config, worker.tokens_seen),
-            "learning_rate": step_learning_rate(config, worker.step),
-            "total_tokens": config.training.total_tokens,
-        },
-        "data_position": {
-            "sequences_seen": worker.step * config.training.batch_sequences,
-            "order_seed": config.seed,
-            "corpus_digest": worker.corpus.digest,
-        },
-        "rng": {"rule": "seeded per step from (seed, step, rank)", "seed": config.seed, "step": worker.step},
-        "optimizer": {"name": "adamw", "steps": worker.step},
-    }
-
-
-def _commit(worker: Worker, store: Store, shards: tuple[Shard, ...], loss: LossStatistics, segment: int) -> None:
-    scalars = state_scalars(worker)
-    manifest = Manifest(
-        kind="training",
+    network = build_model_config(config.model, config.training.sequence_length)
+    return SnapshotFacts(
+        key=snapshot_key(worker.step, worker.recovery_number),
         step=worker.step,
         tokens_seen=worker.tokens_seen,
-        digest=model_digest(shards),
-        state_digest=state_digest(shards, scalars),
-        shards=shards,
-        files=write_side_files(store, _small_files(worker, scalars), shards, worker.check_lease),
-        parameter_groups=group_names(sorted(t.name for s in shards if s.part == "model" for t in s.tensors)),
-        phase=phase_at(worker.config, worker.tokens_seen),
-        learning_rate=step_learning_rate(worker.config, worker.step),
-        loss=loss,
-        healthy=loss.healthy,
+        phase=phase_at(config, worker.tokens_seen),
+        learning_rate=step_learning_rate(config, worker.step, worker.recovery),
+        loss=window.statistics(),
+        scalars=worker.scalars(),
+        files={"config.json": network.to_json_string(use_diff=False).encode()},
         run_id=worker.identity.run_id,
         segment=segment,
-        code_version=code_version(),
-        created=time.time(),
+        recovery=worker.recovery_number,
+        ephemeral=ephemeral,
     )
-    commit_manifest(store, manifest, worker.check_lease)
-
-
-def _small_files(worker: Worker, scalars: dict[str, Any]) -> dict[str, bytes]:
-    model_config = build_model_config(worker.config.model, worker.config.training.sequence_length)
-    return {
-        "config.json": model_config.to_json_string(use_diff=False).encode(),
-        STATE_KEY: json.dumps(scalars, indent=1).encode(),
-    }

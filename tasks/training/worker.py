@@ -1,32 +1,32 @@
-"""One worker's life: find where to go on, train, publish snapshots, journal. Every rank runs this.
-
-The gang gets nothing but names (URLs, a lease token); it decides by itself, from committed manifests,
-where the run stands, so a gang that is started again simply continues.
-"""
+"""One rank of a gang: restore the newest state, and make optimizer steps."""
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from cluster.journal import JournalWriter
 from cluster.lease import check_token
 from configs.load import config_from_dict
 from configs.schema import Config
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
+from tasks.checkpoints.recoveries import Recovery
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, RunIdentity
-from tasks.data.batches import rank_batch
+from tasks.data.batches import num_windows, read_windows, window_indices
 from tasks.data.corpus import Corpus, read_corpus
+from tasks.data.skips import skip_to
+from tasks.training.drill import corrupt, poison
 from tasks.training.rank_state import restore_rank
-from tasks.training.router_health import expert_counts, load_balance_loss, router_metrics
+from tasks.training.resume import ResumePoint, agree_on_resume_point, read_scalars
+from tasks.training.router_health import expert_counts, load_balance_loss
 from tasks.training.schedule import step_learning_rate
 from tasks.training.sharded_model import ShardedModel, build_sharded_model
-from tasks.training.snapshot import LossWindow, publish_snapshot
+from tasks.training.signals import Signals, share_signals
+from tasks.training.state import build_scalars
+from tasks.training.step_guard import build_guard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,12 @@ class StepResult:
     """Mean cross-entropy in nats per token, without the load-balance loss."""
     gradient_norm: float
     """Global norm before clipping."""
+    is_applied: bool
+    """Whether the guard let the optimizer step."""
     expert_counts: torch.Tensor | None
     """Global tokens per expert ``[L, E]`` on steps that measure router health."""
+    signals: Signals
+    """What any rank had to say."""
 
 
 class Worker:
@@ -68,27 +72,32 @@ class Worker:
         self.identity: RunIdentity = self.run.identity()
         self.corpus: Corpus = read_corpus(self.config.data, "train")
         self.model: ShardedModel = build_sharded_model(self.config, self.rank, self.world_size)
+        self.guard = build_guard(self.config.optimizer)
+        self.recovery: Recovery | None = None
         self.step = 0
+        self.optimizer_steps = 0
 
-    def restore(self) -> str:
-        """Load the newest committed snapshot of the run, else its start point; returns what was found.
-
-        Rank 0 decides and tells the others, so that all ranks take the same one.
-        """
-        choice: list[str | None] = [self._newest_url() if self.rank == 0 else None]
-        dist.broadcast_object_list(choice, src=0)
-        if choice[0] is None:
-            return "fresh weights"
-        checkpoint: Checkpoint = open_checkpoint(choice[0])
+    def restore(self) -> ResumePoint:
+        """Load the newest committed snapshot of the run, else its start point; returns what was found."""
+        point = agree_on_resume_point(self.run, self.rank)
+        self.recovery = point.recovery
+        if point.url is None:
+            return point
+        checkpoint: Checkpoint = open_checkpoint(point.url)
         assert checkpoint.manifest is not None and checkpoint.manifest.step is not None
+        scalars = read_scalars(checkpoint)
         self.step = checkpoint.manifest.step
-        restore_rank(self.model, checkpoint, with_moments=True, optimizer_steps=self.step)
-        return checkpoint.url
+        self.optimizer_steps = int(scalars["optimizer"]["steps"]) if point.with_moments else 0
+        restore_rank(self.model, checkpoint, with_moments=point.with_moments, optimizer_steps=self.optimizer_steps)
+        if guard := scalars.get("guard"):
+            self.guard.restore(guard)
+        return point
 
-    def train_step(self) -> StepResult:
-        """One optimizer step over the global batch."""
+    def train_step(self, signals: Signals) -> StepResult:
+        """One optimizer step over the global batch; ``signals`` are told to all ranks on the way."""
         training = self.config.training
         torch.manual_seed(self._fold_seed())
+        self._strike()
         tokens_BS = self._batch()
         outputs = self.model.network(input_ids=tokens_BS[:, :-1], use_cache=False)
         loss = torch.nn.functional.cross_entropy(outputs.logits.float().flatten(0, 1), tokens_BS[:, 1:].flatten())
@@ -98,18 +107,34 @@ class Worker:
             objective = loss + self.config.model.router_loss_coefficient * balance
         torch.autograd.backward(objective)
         norm = self.model.gradient_norm()
-        if training.max_gradient_norm is not None:
-            self.model.clip_gradients(training.max_gradient_norm, norm)
+        mean_loss, heard = share_signals(loss.detach() / self.world_size, signals)
+        decision = self.guard.observe(mean_loss, float(norm))
+        limits = [limit for limit in (training.max_gradient_norm, decision.max_norm) if limit is not None]
         self.step += 1
-        self.model.step(step_learning_rate(self.config, self.step))
-        mean_loss = loss.detach() / self.world_size
-        dist.all_reduce(mean_loss)
-        return StepResult(loss=float(mean_loss), gradient_norm=float(norm), expert_counts=self._count_experts(outputs))
+        if decision.apply:
+            if limits:
+                self.model.clip_gradients(min(limits), norm)
+            self.model.step(step_learning_rate(self.config, self.step, self.recovery))
+            self.optimizer_steps += 1
+        else:
+            self.model.network.zero_grad(set_to_none=True)
+        return StepResult(
+            loss=mean_loss,
+            gradient_norm=float(norm),
+            is_applied=decision.apply,
+            expert_counts=self._count_experts(outputs),
+            signals=heard,
+        )
 
     @property
     def tokens_seen(self) -> int:
         """Tokens of all completed steps."""
         return self.step * self.config.training.batch_tokens
+
+    @property
+    def recovery_number(self) -> int:
+        """Recoveries in force."""
+        return self.recovery.number if self.recovery else 0
 
     @property
     def is_done(self) -> bool:
@@ -124,24 +149,47 @@ class Worker:
         """Fail closed if another driver has taken the run over."""
         check_token(self.run.store, RUN_LEASE, self.task.lease_token)
 
-    def _newest_url(self) -> str | None:
-        snapshots = self.run.snapshots()
-        if snapshots:
-            return snapshots[-1].url
-        return self.identity.start.url if self.identity.start else None
+    def scalars(self) -> dict[str, Any]:
+        """Content of ``state.json`` at the step just completed."""
+        return build_scalars(
+            self.config,
+            step=self.step,
+            corpus_digest=self.corpus.digest,
+            optimizer_steps=self.optimizer_steps,
+            guard=self.guard.state(),
+            recovery=self.recovery,
+        )
 
     def _batch(self) -> torch.Tensor:
         training = self.config.training
-        rows = rank_batch(
-            self.corpus.tokens,
-            seed=self.config.seed,
-            step=self.step,
-            batch_sequences=training.batch_sequences,
-            sequence_length=training.sequence_length,
-            rank=self.rank,
-            world_size=self.world_size,
+        share = training.batch_sequences // self.world_size
+        first = self.step * training.batch_sequences + self.rank * share
+        skips = self.recovery.skips if self.recovery else ()
+        positions = skip_to(np.arange(first, first + share, dtype=np.int64), skips)
+        windows = np.concatenate(
+            [
+                window_indices(
+                    seed=self.config.seed,
+                    first_sequence=int(position),
+                    count=1,
+                    windows=num_windows(len(self.corpus.tokens), training.sequence_length),
+                )
+                for position in positions
+            ]
         )
-        return torch.from_numpy(rows)
+        tokens_BS = torch.from_numpy(read_windows(self.corpus.tokens, windows, training.sequence_length))
+        return poison(
+            tokens_BS, positions, self.config.drill, vocab_size=self.config.model.vocab_size, seed=self.config.seed
+        )
+
+    def _strike(self) -> None:
+        """The drill's silent corruption, if this is the step for it."""
+        drill = self.config.drill
+        if drill.corruption == "none" or self.recovery is not None or self.step != drill.corruption_step:
+            return
+        if self.rank == drill.corruption_rank % self.world_size:
+            parameters = [(item.name, item.local) for item in self.model.slices]
+            corrupt(parameters, self.model.optimizer, drill, rank=self.rank, seed=self.config.seed)
 
     def _fold_seed(self) -> int:
         # Random draws are a function of (seed, step, rank), so they need no saved generator state.
@@ -158,68 +206,3 @@ class Worker:
         )
         dist.all_reduce(counts_LE)
         return counts_LE
-
-
-def train_segment(task: SegmentTask) -> dict[str, Any]:
-    """Train until the run has seen its tokens; returns where it ended."""
-    worker = Worker(task)
-    source = worker.restore()
-    segment = _open_segment(worker, source)
-    journal = JournalWriter(worker.run.store, segment) if worker.rank == 0 else None
-    window = LossWindow()
-    step_started = time.perf_counter()
-    while not worker.is_done:
-        result = worker.train_step()
-        window.add(result.loss, result.gradient_norm)
-        seconds = time.perf_counter() - step_started
-        step_started = time.perf_counter()
-        metrics = _step_metrics(worker, result, seconds)
-        if worker.is_snapshot_due():
-            metrics["snapshot/seconds"] = publish_snapshot(worker, window, segment)
-            window = LossWindow()
-            step_started = time.perf_counter()
-        if journal:
-            journal.log(worker.step, worker.tokens_seen, metrics)
-    if journal:
-        journal.flush()
-        worker.run.close_segment(segment, reason="completed", step=worker.step)
-    dist.barrier()
-    return {"step": worker.step, "tokens_seen": worker.tokens_seen, "segment": segment}
-
-
-def _open_segment(worker: Worker, source: str) -> int:
-    number = [0]
-    if worker.rank == 0 and not worker.is_done:
-        worker.check_lease()
-        number[0] = worker.run.open_segment(
-            cause=worker.task.cause,
-            start={
-                "step": worker.step,
-                "tokens_seen": worker.tokens_seen,
-                "from": source,
-                "data_position": worker.step * worker.config.training.batch_sequences,
-            },
-            plan={
-                "world_size": worker.world_size,
-                "peak_learning_rate": worker.config.schedule.peak_learning_rate,
-                "optimizer_moments": "restored" if worker.step else "fresh",
-                "data": "continued",
-                "startup_seconds": round(time.time() - worker.task.launched, 3),
-            },
-        )
-    elif worker.rank == 0:
-        number[0] = len(worker.run.segments())
-    dist.broadcast_object_list(number, src=0)
-    return number[0]
-
-
-def _step_metrics(worker: Worker, result: StepResult, seconds: float) -> dict[str, float]:
-    metrics = {
-        "train/loss": result.loss,
-        "train/gradient_norm": result.gradient_norm,
-        "train/learning_rate": step_learning_rate(worker.config, worker.step),
-        "train/tokens_per_second": worker.config.training.batch_tokens / max(seconds, 1e-9),
-    }
-    if result.expert_counts is not None:
-        metrics |= router_metrics(result.expert_counts)
-    return {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}

@@ -23,7 +23,7 @@ from tasks.checkpoints.retention import (
     reasons_of_segments,
     reasons_of_starts,
 )
-from tasks.checkpoints.run_folder import StartPoint
+from tasks.checkpoints.start_point import StartPoint
 
 LAST = RetentionConfig(keep_last=1)
 

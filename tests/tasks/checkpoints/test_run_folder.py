@@ -17,7 +17,8 @@ from configs.errors import UserError
 from configs.merging import MergeConfig
 from configs.schema import Config
 from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest
-from tasks.checkpoints.run_folder import RunFolder, StartPoint, snapshot_key
+from tasks.checkpoints.run_folder import RunFolder, snapshot_key
+from tasks.checkpoints.start_point import StartPoint
 from tasks.checkpoints.safetensors_header import CheckpointError
 
 CONFIG = Config(name="x")

@@ -25,7 +25,8 @@ GANG_MEMBER = """
 import json, sys
 import torch, torch.distributed as dist
 from tests.gloo_ranks import leave_together
-from tasks.training.worker import SegmentTask, train_segment
+from tasks.training.segment import train_segment
+from tasks.training.worker import SegmentTask
 torch.set_num_threads(1)
 rank, world, store, task = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)

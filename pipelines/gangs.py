@@ -1,0 +1,136 @@
+"""Keep a gang at work on a run until its last step is committed, whatever workers and losses do meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import GangFailed, LeaseLost, StorageError
+from cluster.gang import WorkerLost, run_gang
+from cluster.journal import write_event
+from cluster.lease import Lease
+from configs.errors import UserError
+from configs.load import config_to_dict
+from configs.schema import Config
+from pipelines.merge import RunTasks
+from pipelines.recover import answer_spike, unanswered_alarm
+from pipelines.scheduled import on_ray
+from tasks.checkpoints.run_folder import RunFolder
+
+StartGang = Callable[[Any, Config, str], dict[str, Any]]
+"""Runs one gang on a segment task to its end, under a name; raises :class:`cluster.gang.WorkerLost`."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What gangs and the merges of recoveries run on."""
+
+    start_gang: StartGang
+    """Runs a gang."""
+    run_tasks: RunTasks
+    """Runs merge tasks."""
+
+
+def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | None = None) -> None:
+    """Run gangs until the last step is committed.
+
+    A gang that loses a worker is started again from the newest snapshot, up to ``training.max_restarts`` times without a
+    new snapshot in between. One that ends with a spike is followed by a recovery. Raises
+    :class:`cluster.errors.GangFailed` and :class:`tasks.recovery.policy.SpikeUnanswered` where that does not help.
+    """
+    means = means or on_cluster(config)
+    failures, attempt = 0, 0
+    while not is_trained(run, config):
+        lease.check()
+        if (alarm := unanswered_alarm(run)) is not None:
+            answer_spike(run, config, alarm, lease, means.run_tasks)
+        before = _newest_url(run)
+        task = _segment_task(run, config, lease, cause=_cause(run, failures))
+        try:
+            means.start_gang(task, config, f"{config.name}-{attempt}")
+        except WorkerLost as lost:
+            lease.check()
+            _raise_if_final(lost)
+            failures = _count_failure(run, config, lost, failures if _newest_url(run) == before else 0)
+        else:
+            failures = 0
+        attempt += 1
+
+
+def on_cluster(config: Config) -> Means:
+    """Gangs and merge tasks on the Ray session."""
+    return Means(start_gang=_on_ray, run_tasks=on_ray(config, lambda: False))
+
+
+def is_trained(run: RunFolder, config: Config) -> bool:
+    """Whether the run's last step is committed."""
+    snapshots = run.snapshots()
+    return bool(snapshots) and snapshots[-1].step >= config.training.total_steps
+
+
+def first_line(error: BaseException) -> str:
+    """The last line of an error's text, which is where Ray puts the cause."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(error).__name__
+
+
+def _newest_url(run: RunFolder) -> str | None:
+    snapshots = run.snapshots()
+    return snapshots[-1].url if snapshots else None
+
+
+def _cause(run: RunFolder, failures: int) -> str:
+    if failures:
+        return "worker lost"
+    recoveries, segments = run.recoveries(), run.segments()
+    if recoveries and recoveries[-1].number > (segments[-1]["plan"].get("recovery", 0) if segments else 0):
+        return f"recovery {recoveries[-1].number}"
+    return "resume" if run.snapshots() else "start"
+
+
+def _count_failure(run: RunFolder, config: Config, lost: WorkerLost, failures: int) -> int:
+    write_event(run.store, "worker-lost", {"attempt": failures, "message": str(lost)[:2000]})
+    if failures >= config.training.max_restarts:
+        raise GangFailed(
+            f"workers failed {failures + 1} times without a new snapshot (training.max_restarts="
+            f"{config.training.max_restarts}); the last failure: {first_line(lost.root)}. The committed snapshots are "
+            "intact: mend the cause and run the same command again"
+        ) from lost
+    logger.warning("a worker was lost (%s); continuing from the newest snapshot", first_line(lost.root))
+    return failures + 1
+
+
+def _segment_task(run: RunFolder, config: Config, lease: Lease, *, cause: str) -> Any:
+    from tasks.training.worker import SegmentTask
+
+    return SegmentTask(
+        run_url=run.url, config=config_to_dict(config), lease_token=lease.token, cause=cause, launched=time.time()
+    )
+
+
+def _on_ray(task: Any, config: Config, name: str) -> dict[str, Any]:
+    return run_gang(
+        _train_segment, task, num_workers=config.training.num_workers, name=name, nodes=config.cluster.train_nodes
+    )
+
+
+def _train_segment(task: Any) -> dict[str, Any]:
+    # Imported in the worker: the driver itself never needs torch.
+    from tasks.training.segment import train_segment
+
+    return train_segment(task)
+
+
+def _raise_if_final(lost: WorkerLost) -> None:
+    """Raise the cause of a lost worker if starting again cannot help: storage, the user's mistake, a lost lease."""
+    error: BaseException | None = lost.root
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, (StorageError, UserError, LeaseLost)):
+            raise error from lost
+        seen.add(id(error))
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__

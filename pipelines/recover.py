@@ -1,0 +1,182 @@
+"""Recovery from a loss spike: merge what was healthy before it, and put on record that training goes on from there.
+
+Training itself is not touched: the next gang finds the record and begins where it says. The same spike with the same
+record gives the same decision, so a driver that dies in between is followed by one that does the same again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import fields, replace
+from typing import Any
+
+from cluster.journal import write_event
+from cluster.lease import Lease
+from configs.errors import UserError
+from configs.load import override_execution
+from configs.schema import Config
+from pipelines.merge import RunTasks, merge_lease, task_runner
+from pipelines.run_lease import hold_run
+from tasks.checkpoints.pins import hold_pins
+from tasks.checkpoints.recoveries import Recovery, write_recovery
+from tasks.checkpoints.run_folder import RunFolder, Snapshot
+from tasks.checkpoints.start_point import StartPoint
+from tasks.checkpoints.tied import open_untied
+from tasks.merging.merge import execute_merge
+from tasks.merging.methods import MethodChoice
+from tasks.merging.plan import plan_merge
+from tasks.merging.policy import MergePolicy
+from tasks.recovery.detector import find_spike
+from tasks.recovery.policy import RecoveryPlan, SpikeUnanswered, Wish, plan_by_hand, plan_recovery, rule_of
+from tasks.recovery.record import parse_alarm, read_points
+from tasks.recovery.rule import Alarm
+
+METHOD = "sma"
+"""How healthy snapshots are merged (arXiv 2505.12082, section 4.6: their average)."""
+logger = logging.getLogger(__name__)
+
+
+def recover(
+    run_url: str, wish: Wish, *, onset: int | None = None, dry_run: bool = False, overrides: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Decide a recovery by hand; the next ``pma pretrain`` of the run begins with it.
+
+    ``onset`` is the first step of the trouble; without it the newest segment's alarm counts, else what the detector finds
+    in the journal. Returns the fields of ``pma recover --json``. Raises :class:`configs.errors.UserError` where there is no
+    spike or nothing healthy before it, :class:`cluster.errors.LeaseHeld` while a driver works on the run.
+    """
+    run = RunFolder(run_url)
+    config = override_execution(run.identity().config, overrides)
+    alarm = _alarm_at(run, onset) if onset is not None else unanswered_alarm(run) or _alarm_in_journal(run, config)
+    if dry_run:
+        plan = plan_by_hand(config, alarm, candidates(run), run.recoveries(), wish)
+        return {"run": run.url, "dry_run": True, **describe_plan(plan)}
+    with hold_run(run) as lease:
+        plan = plan_by_hand(config, alarm, candidates(run), run.recoveries(), wish)
+        with task_runner("local", [run.url, *(s.url for s in plan.inputs)]) as run_tasks:
+            recovery = carry_out(run, config, plan, lease, run_tasks)
+    return {"run": run.url, "dry_run": False, **describe_plan(plan), "start": recovery.start.url}
+
+
+def answer_spike(run: RunFolder, config: Config, alarm: Alarm, lease: Lease, run_tasks: RunTasks) -> Recovery:
+    """The run's own answer to ``alarm``; raises :class:`SpikeUnanswered` if it has none left."""
+    try:
+        plan = plan_recovery(config, alarm, candidates(run), run.recoveries())
+    except SpikeUnanswered as given_up:
+        write_event(run.store, "spike-unanswered", {"step": alarm.alarm_step, "message": str(given_up)})
+        raise
+    logger.warning("%s; going back to step %d (%s)", alarm.reason, plan.start_step, plan.policy)
+    return carry_out(run, config, plan, lease, run_tasks)
+
+
+def carry_out(
+    run: RunFolder, config: Config, plan: RecoveryPlan[Snapshot], lease: Lease, run_tasks: RunTasks
+) -> Recovery:
+    """Make the start of ``plan``, then put the decision on record."""
+    started = time.perf_counter()
+    plan = _with_moments_there(plan)
+    start = _merged_start(run, config, plan, run_tasks) if len(plan.inputs) > 1 else _start_at(plan.inputs[0])
+    merged = time.perf_counter() - started
+    lease.check()
+    shared = {item.name: getattr(plan, item.name) for item in fields(Recovery) if hasattr(plan, item.name)}
+    recovery = Recovery(**shared, start=start, count=len(plan.inputs), created=time.time())
+    write_recovery(run.store, recovery)
+    details = {key: value for key, value in describe_plan(plan).items() if key != "inputs"}
+    write_event(run.store, "recovery", {**details, "start": start.url, "merge_seconds": merged})
+    return recovery
+
+
+def unanswered_alarm(run: RunFolder) -> Alarm | None:
+    """The alarm that the newest segment ended with, if no recovery was decided since."""
+    segments = run.segments()
+    end = segments[-1]["end"] if segments else None
+    if not end or end["reason"] != "spike":
+        return None
+    answered = any(r.number > segments[-1]["plan"].get("recovery", 0) for r in run.recoveries())
+    return None if answered else parse_alarm(end["alarm"])
+
+
+def candidates(run: RunFolder) -> list[Snapshot]:
+    """Snapshots that a recovery may go back to, by step."""
+    return [snapshot for snapshot in run.snapshots() if snapshot.manifest.kind == "training"]
+
+
+def describe_plan(plan: RecoveryPlan[Snapshot]) -> dict[str, Any]:
+    """``plan`` as JSON has it."""
+    return {
+        "recovery": plan.number,
+        "incident": plan.incident,
+        "attempt": plan.attempt,
+        "policy": plan.policy,
+        "start_step": plan.start_step,
+        "inputs": [{"step": s.step, "url": s.url, "digest": s.digest} for s in plan.inputs],
+        "moments": plan.moments,
+        "learning_rate_scale": plan.learning_rate_scale,
+        "rewarm_tokens": plan.rewarm_tokens,
+        "skipped_sequences": sum(skip.count for skip in plan.skips),
+        "onset_step": plan.onset_step,
+        "alarm_step": plan.alarm_step,
+        "confirm_step": plan.confirm_step,
+        "reason": plan.reason,
+    }
+
+
+def _with_moments_there(plan: RecoveryPlan[Snapshot]) -> RecoveryPlan[Snapshot]:
+    """``plan`` with moments that its inputs can give: weights alone leave none to merge."""
+    if plan.moments == "reset" or all(s.manifest.state_tensors() for s in plan.inputs):
+        return plan
+    logger.warning("some of the snapshots hold no optimizer moments: they start at zero")
+    return replace(plan, moments="reset")
+
+
+def _merged_start(run: RunFolder, config: Config, plan: RecoveryPlan[Snapshot], run_tasks: RunTasks) -> StartPoint:
+    url = f"{run.url}/merged/recovery-{plan.number:04d}-{METHOD}-n{len(plan.inputs)}-step-{plan.start_step:09d}"
+    with merge_lease(url) as lease, hold_pins(plan.inputs):
+        merge = plan_merge(
+            [open_untied(snapshot.url) for snapshot in plan.inputs],
+            MethodChoice(method=METHOD),
+            output_url=url,
+            shard_bytes=config.merge.shard_bytes,
+            policy=MergePolicy(moments=plan.moments),
+        )
+        report = execute_merge(merge, lambda function, tasks: run_tasks(function, tasks, lease.is_lost), lease.check)
+    newest = plan.inputs[-1]
+    return StartPoint(
+        url=url, digest=report.manifest.digest, step=newest.step, tokens_seen=newest.manifest.tokens_seen or 0
+    )
+
+
+def _start_at(snapshot: Snapshot) -> StartPoint:
+    return StartPoint(
+        url=snapshot.url, digest=snapshot.digest, step=snapshot.step, tokens_seen=snapshot.manifest.tokens_seen or 0
+    )
+
+
+def _alarm_at(run: RunFolder, onset: int) -> Alarm:
+    """An alarm that somebody gives: from ``onset`` to where the run stands."""
+    snapshots, segments = run.snapshots(), run.segments()
+    reached = max([s.step for s in snapshots] + [s["end"]["step"] for s in segments[-1:] if s["end"]], default=0)
+    if not 1 <= onset <= reached:
+        raise UserError(f"--onset {onset}: the run stands at step {reached}; give the first step of the trouble")
+    return Alarm(
+        kind="loss",
+        onset_step=onset,
+        alarm_step=reached,
+        value=float("nan"),
+        baseline=None,
+        scale=None,
+        reason=f"trouble from step {onset} on, said by hand",
+    )
+
+
+def _alarm_in_journal(run: RunFolder, config: Config) -> Alarm:
+    snapshots = run.snapshots()
+    points = read_points(run.store, snapshots[-1].step if snapshots else 0)
+    alarm = find_spike(points, rule_of(config))
+    if alarm is None:
+        raise UserError(
+            f"{run.url}: no spike is on record and the detector finds none in the journal; say where the trouble begins "
+            "with --onset STEP"
+        )
+    return alarm

@@ -1,0 +1,48 @@
+"""The scalar training state that goes with weights and moments: what of a run is neither."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from configs.schema import Config
+from tasks.checkpoints.recoveries import Recovery
+from tasks.training.schedule import phase_at, step_learning_rate
+
+
+def build_scalars(
+    config: Config,
+    *,
+    step: int,
+    corpus_digest: str,
+    optimizer_steps: int,
+    guard: Mapping[str, Any],
+    recovery: Recovery | None,
+) -> dict[str, Any]:
+    """Content of ``state.json``; holds no wall-clock value, so that equal states are equal bytes."""
+    training = config.training
+    tokens_seen = step * training.batch_tokens
+    values: dict[str, Any] = {
+        "format_version": 1,
+        "step": step,
+        "tokens_seen": tokens_seen,
+        "schedule": {
+            "phase": phase_at(config, tokens_seen),
+            "learning_rate": step_learning_rate(config, step, recovery),
+            "total_tokens": training.total_tokens,
+        },
+        "data_position": {
+            "sequences_seen": step * training.batch_sequences,
+            "order_seed": config.seed,
+            "corpus_digest": corpus_digest,
+        },
+        "rng": {"rule": "seeded per step from (seed, step, rank)", "seed": config.seed, "step": step},
+        "optimizer": {"name": "adamw", "steps": optimizer_steps},
+    }
+    if recovery is not None:
+        values["recovery"] = recovery.number
+        values["data_position"]["skips"] = [dataclasses.asdict(skip) for skip in recovery.skips]
+    if guard.get("guard") != "none":
+        values["guard"] = dict(guard)
+    return values
