@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -15,6 +16,8 @@ SETTLE_SECONDS = 10.0
 RETURN_SECONDS = 300.0
 """A node that was lost may be replaced."""
 POLL_SECONDS = 0.5
+ANSWER_SECONDS = 10.0
+"""A node that is busy still answers; a worker process for it may have to be started."""
 LOST = (2, 3)
 """Ray's reasons of a node's death that nobody planned: unexpected termination, preemption (NodeDeathInfo in gcs.proto)."""
 logger = logging.getLogger(__name__)
@@ -55,6 +58,33 @@ def require_cpus(num_cpus: int, purpose: str, nodes: str | None = None) -> None:
             f"{message} since {lost} node(s) were lost; add nodes and run the same command again to continue"
         )
     raise UserError(f"{message}; add nodes, or ask for less (training.num_workers=..., merge.num_workers=...)")
+
+
+def answering_slots(nodes: str | None = None) -> int:
+    """Slots of one CPU on the nodes (of the label ``nodes``) that answer within :data:`ANSWER_SECONDS`.
+
+    Ray takes tens of seconds to strike off a node that is gone; a task that is sent there says so at once.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    wanted = label_selector(nodes) or {}
+    alive = [node for node in ray.nodes() if node["Alive"] and wanted.items() <= node["Labels"].items()]
+    here = ray.remote(num_cpus=0, max_retries=0)(lambda: None)
+    asked = {
+        here.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(): node
+        for node in alive
+        if node["Resources"].get("CPU", 0.0) >= 1
+    }
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS) if asked else ([], [])
+    for reference in silent:
+        ray.cancel(reference, force=True)
+    slots = 0
+    for reference in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(reference)
+            slots += math.floor(asked[reference]["Resources"]["CPU"])
+    return slots
 
 
 def _slots(label: str | None) -> tuple[int, int]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import ObjectExists
 from cluster.storage import Store
@@ -81,11 +80,16 @@ def read_journal_object(store: Store, key: str) -> list[Measurement]:
 
 
 def read_journal(store: Store) -> list[Measurement]:
-    """All measurements by step; a step that was replayed appears once, as measured last."""
-    by_step: dict[int, Measurement] = {}
-    for measurement in _all(store):
-        by_step[measurement.step] = measurement
-    return [by_step[step] for step in sorted(by_step)]
+    """All measurements by step; a step that was replayed appears once, as the latest segment measured it."""
+    by_step: dict[int, tuple[str, Measurement]] = {}
+    for key in journal_keys(store):
+        segment = key.rpartition("/")[2].partition("-")[0]
+        for new in read_journal_object(store, key):
+            written_by, old = by_step.get(new.step, ("", new))
+            # One segment may say several things of a step: of its last, what its snapshot cost.
+            metrics = {**old.metrics, **new.metrics} if written_by == segment else new.metrics
+            by_step[new.step] = segment, replace(new, metrics=metrics)
+    return [by_step[step][1] for step in sorted(by_step)]
 
 
 def write_event(store: Store, kind: str, details: dict[str, object]) -> None:
@@ -103,8 +107,3 @@ def write_event(store: Store, kind: str, details: dict[str, object]) -> None:
 def read_events(store: Store) -> list[dict[str, object]]:
     """Events of the run, oldest first."""
     return [json.loads(store.read(key)) for key in store.keys("events")]
-
-
-def _all(store: Store) -> Iterator[Measurement]:
-    for key in journal_keys(store):
-        yield from read_journal_object(store, key)

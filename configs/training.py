@@ -17,6 +17,10 @@ class TrainingConfig:
     """Tokens seen when the run ends."""
     num_workers: int = execution(2)
     """Workers of the gang; may change between segments of a run."""
+    min_workers: int | None = execution(None)
+    """Fewest workers to go on with after nodes were lost, growing again later; null waits for ``num_workers``."""
+    collective_timeout_seconds: float = execution(120.0)
+    """How long a rank waits for the others before the gang is given up and the silent rank named."""
     sequence_length: int = 128
     """Tokens S of one training sequence."""
     batch_tokens: int = 2048
@@ -77,6 +81,18 @@ class TrainingConfig:
         )
         for name in ("data_parallel_replicas", "expert_parallel", "micro_batches"):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        require(
+            self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
+            "training.min_workers",
+            self.min_workers,
+            f"between 1 and training.num_workers={self.num_workers}, or null",
+        )
+        require(
+            1 <= self.collective_timeout_seconds < math.inf,
+            "training.collective_timeout_seconds",
+            self.collective_timeout_seconds,
+            "at least 1",
+        )
         require(self.log_interval_steps >= 1, "training.log_interval_steps", self.log_interval_steps, "at least 1")
         require(self.max_restarts >= 0, "training.max_restarts", self.max_restarts, "0 or more")
 
@@ -174,7 +190,3 @@ class SnapshotConfig:
             seconds,
             "a positive number of seconds, or null",
         )
-
-    def is_ephemeral_due(self, now: float, last_taken: float) -> bool:
-        """Whether a snapshot between the intervals is due; both times in seconds by one steady clock, that of rank 0."""
-        return self.ephemeral_seconds is not None and now - last_taken >= self.ephemeral_seconds

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import GangFailed, LeaseLost, StorageError
-from cluster.gang import WorkerLost, run_gang
+from cluster.gang import GangSize, WorkerLost, run_gang
 from cluster.journal import write_event
 from cluster.lease import Lease
+from cluster.storage import open_store
 from configs.errors import UserError
 from configs.load import config_to_dict
 from configs.schema import Config
+from pipelines.elastic import GrowthWatch, choose_size
 from pipelines.merge import RunTasks
 from pipelines.recover import answer_spike, unanswered_alarm
 from pipelines.scheduled import on_ray
 from tasks.checkpoints.run_folder import RunFolder
+from tasks.training.requests import write_request
 
 StartGang = Callable[[Any, Config, str], dict[str, Any]]
 """Runs one gang on a segment task to its end, under a name; raises :class:`cluster.gang.WorkerLost`."""
@@ -108,14 +112,35 @@ def _segment_task(run: RunFolder, config: Config, lease: Lease, *, cause: str) -
     from tasks.training.worker import SegmentTask
 
     return SegmentTask(
-        run_url=run.url, config=config_to_dict(config), lease_token=lease.token, cause=cause, launched=time.time()
+        run_url=run.url,
+        config=config_to_dict(config),
+        lease_token=lease.token,
+        cause=cause,
+        launched=time.time(),
+        request_key=f"requests/{secrets.token_hex(4)}.json",
     )
 
 
 def _on_ray(task: Any, config: Config, name: str) -> dict[str, Any]:
-    return run_gang(
-        _train_segment, task, num_workers=config.training.num_workers, name=name, nodes=config.cluster.train_nodes
-    )
+    size = choose_size(config)
+    store = open_store(task.run_url)
+    growth = GrowthWatch(config, store, task.request_key, size)
+    try:
+        return run_gang(
+            _train_segment,
+            task,
+            GangSize(
+                num_workers=size,
+                with_gpus=config.training.device == "cuda",
+                nodes=config.cluster.train_nodes,
+                collective_timeout_seconds=config.training.collective_timeout_seconds,
+            ),
+            name=name,
+            on_wait=growth.look,
+            on_interrupt=lambda: write_request(store, task.request_key, "stop"),
+        )
+    finally:
+        store.delete(task.request_key)
 
 
 def _train_segment(task: Any) -> dict[str, Any]:

@@ -23,12 +23,16 @@ from cluster.storage import scheme_of
 from cluster.tracking import Point, Tracker, TrackingAway
 from configs.load import config_to_dict, identity_of
 from configs.schema import Config
+from pipelines.wording import describe_event
 from tasks.checkpoints.manifest import Manifest
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import read_evaluation, suite_of
 
 CURSOR_KEY = "tracking/cursor.json"
 ALIAS = "pma-latest"
+NOTED_EVENTS = ("spike", "recovery", "recovered", "spike-unanswered")
+"""Kinds of events that a tracked run is annotated with."""
+LARGEST_TAG = 4000
 POLL_SECONDS = 4.0
 FINAL_WAIT_SECONDS = 30.0
 logger = logging.getLogger(__name__)
@@ -127,12 +131,26 @@ class Forwarder:
                 self._run_id("merges"), json.dumps(dataclasses.asdict(manifest.merge), indent=1), f"lineage/{name}.json"
             )
             return
+        if kind == "note":
+            self._forward_note(run, prefix, name)
+            return
         label, url_digest, tokens = name.split("@")
         evaluation = read_evaluation(run.store, url_digest, self.suite)
         assert evaluation is not None
         values = {f"evaluation/{label}_loss": evaluation.loss, f"evaluation/{label}_spread": evaluation.spread}
         points = [Point(metric=key, value=v, step=int(tokens), time=evaluation.created) for key, v in values.items()]
         self.tracker.log_points(self._run_id("evaluations" if not prefix else prefix.rstrip("/")), points)
+
+    def _forward_note(self, run: RunFolder, prefix: str, name: str) -> None:
+        """A spike, or what was done about it: a tag that reads as a sentence, and a point at its place on the token axis."""
+        event = json.loads(run.store.read(f"events/{name}"))
+        number = name.partition("-")[0]
+        run_id = self._run_id("run" if not prefix else prefix.rstrip("/"))
+        self.tracker.set_tags(run_id, {f"pma.{event['kind']}.{number}": describe_event(event)[:LARGEST_TAG]})
+        step = event.get("step") or event.get("start_step") or 0
+        tokens = int(step) * self.config.training.batch_tokens
+        metric = f"recovery/{event['kind'].replace('-', '_')}_count"
+        self.tracker.log_points(run_id, [Point(metric=metric, value=1.0, step=tokens, time=float(event["time"]))])
 
     def _pending_journals(self, run: RunFolder, prefix: str) -> list[str]:
         sent = set(self.cursor.journals)
@@ -141,6 +159,8 @@ class Forwarder:
     def _pending_items(self, run: RunFolder, prefix: str) -> list[str]:
         sent = set(self.cursor.items)
         items = [f"merged/{name}" for name in run.merged()]
+        names = [key.rpartition("/")[2] for key in run.store.keys("events")]
+        items += [f"note/{name}" for name in names if name.removesuffix(".json").partition("-")[2] in NOTED_EVENTS]
         evaluated = set(run.store.keys("evaluations"))
         checkpoints = [("raw", s.manifest) for s in run.snapshots()]
         checkpoints += [(_label(manifest), manifest) for manifest in run.merged().values()]

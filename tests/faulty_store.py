@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from cluster.errors import StorageError
 from cluster.storage import ObjectWriter, RangeReader, Store
 
 Fail = Callable[[str, str], bool]
+REQUESTS = frozenset({"read", "size", "put", "create", "create_stream", "complete", "replace"})
+"""What is one request, or the end of the retries of one; the writes of a stream are not: a store retries its parts."""
+
+
+class Sometimes:
+    """A ``fail`` that fails a part ``rate`` of all requests, drawn from ``seed``, and counts them; safe across threads."""
+
+    def __init__(self, rate: float, seed: int, methods: Collection[str] = REQUESTS) -> None:
+        self.rate, self.methods = rate, methods
+        self.failures = 0
+        self._draws, self._lock = random.Random(seed), threading.Lock()
+
+    def __call__(self, method: str, _key: str) -> bool:
+        with self._lock:
+            fails = method in self.methods and self._draws.random() < self.rate
+            self.failures += fails
+        return fails
 
 
 class FaultyStore(Store):
     """Forwards to ``inner``, but raises :class:`StorageError` before a call for which ``fail(method, key)`` is true.
 
     Methods are those of :class:`Store`, ``read_into`` of a reader, and of a stream ``write`` and ``complete``.
-    Every ranged read takes ``slow_read_seconds`` longer.
+    Every ranged read takes ``slow_read_seconds`` longer, every write of a stream ``slow_write_seconds``. A ``fail`` that does
+    not return makes a call that stands still.
     """
 
-    def __init__(self, inner: Store, fail: Fail, *, slow_read_seconds: float = 0.0) -> None:
+    def __init__(
+        self, inner: Store, fail: Fail, *, slow_read_seconds: float = 0.0, slow_write_seconds: float = 0.0
+    ) -> None:
         self.inner, self.fail, self.slow_read_seconds = inner, fail, slow_read_seconds
+        self.slow_write_seconds = slow_write_seconds
         self.url = inner.url
 
     def check(self, method: str, key: str) -> None:
@@ -40,6 +63,7 @@ class FaultyStore(Store):
             self.inner.child(key),
             lambda method, below: self.fail(method, f"{key}/{below}"),
             slow_read_seconds=self.slow_read_seconds,
+            slow_write_seconds=self.slow_write_seconds,
         )
 
     def read(self, key: str) -> bytes:
@@ -127,4 +151,5 @@ class FaultyWriter:
 
     def write(self, data: bytes | memoryview) -> object:
         self.store.check("write", self.key)
+        time.sleep(self.store.slow_write_seconds)
         return self.inner.write(data)

@@ -95,7 +95,7 @@ def gather(run_url: str) -> ReportData:
         stages=_sum_stages([stage_seconds(item.store) for item in everyone]),
         startup_seconds=sum(s["plan"].get("startup_seconds", 0.0) for item in everyone for s in item.segments()),
         snapshot_seconds=sum(
-            m.metrics.get("snapshot/seconds", 0.0) for rows in [journal, *journals.values()] for m in rows
+            m.metrics.get("snapshot/stall_seconds", 0.0) for rows in [journal, *journals.values()] for m in rows
         ),
         merge_seconds=sum(float(str(e["seconds"])) for e in read_events(run.store) if e["kind"] == "merge"),
     )

@@ -7,6 +7,8 @@ position of any epoch is reached without state.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
@@ -23,18 +25,30 @@ def num_windows(num_tokens: int, sequence_length: int) -> int:
 
 def window_indices(*, seed: int, first_sequence: int, count: int, windows: int) -> NDArray[np.int64]:
     """Windows that the run's sequences ``first_sequence`` to ``first_sequence + count`` read, in order."""
+    sequences = np.arange(first_sequence, first_sequence + count, dtype=np.int64)
+    return windows_at(sequences, windows, order=str(seed))
+
+
+def windows_at(counters: NDArray[np.int64], windows: int, *, order: str | None) -> NDArray[np.int64]:
+    """Windows ``[n]`` that a domain's sequences number ``counters`` ``[n]`` read, of ``windows`` an epoch.
+
+    ``order`` is the key that each epoch's order is drawn by; None reads the windows as they lie, each epoch alike.
+    """
     if windows < 1:
         raise UserError("the text has fewer tokens than one training sequence; give more text or a shorter one")
-    sequences = np.arange(first_sequence, first_sequence + count, dtype=np.int64)
-    epochs, positions = np.divmod(sequences, windows)
-    result = np.empty(count, dtype=np.int64)
+    epochs, positions = np.divmod(counters, windows)
+    if order is None:
+        return positions
+    result = np.empty(len(counters), dtype=np.int64)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        result[chosen] = permute(positions[chosen], windows, key=f"{seed}/{epoch}")
+        result[chosen] = permute(positions[chosen], windows, key=f"{order}/{epoch}")
     return result
 
 
-def read_windows(tokens: NDArray[np.uint8], windows: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
+def read_windows(
+    tokens: NDArray[np.unsignedinteger[Any]], windows: NDArray[np.int64], sequence_length: int
+) -> NDArray[np.int64]:
     """Token ids ``[len(windows), S + 1]``: S inputs and, shifted by one, S targets."""
     offsets = windows[:, None] * sequence_length + np.arange(sequence_length + 1)[None, :]
     windows_BS: NDArray[np.int64] = tokens[offsets].astype(np.int64)

@@ -13,18 +13,20 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
-
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from cluster.data_files import DataFile, open_data
 from configs.errors import UserError
 
+if TYPE_CHECKING:
+    # Imported where it is used: it takes a third of a second, and most sources are text.
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
 Format = Literal["auto", "txt", "jsonl", "parquet"]
 MAX_DOCUMENT_BYTES = 1 << 28
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_COMPRESSED_SUFFIXES = (".gz", ".zst")
+COMPRESSED_SUFFIXES = (".gz", ".zst")
 _ROWS = 256
 """Parquet rows turned into text at a time."""
 
@@ -99,7 +101,7 @@ def is_divisible(file: DataFile, options: DocumentOptions) -> bool:
     """Whether parts of the file can be read without what stands before them."""
     kind = format_of(file.url, options)
     by_line = kind == "jsonl" or (kind == "txt" and options.txt_documents == "line")
-    return kind == "parquet" or (by_line and not file.url.endswith(_COMPRESSED_SUFFIXES))
+    return kind == "parquet" or (by_line and not file.url.endswith(COMPRESSED_SUFFIXES))
 
 
 def read_documents(stretch: Stretch, options: DocumentOptions) -> Iterator[Record]:
@@ -142,7 +144,7 @@ def _line_documents(stretch: Stretch, options: DocumentOptions, *, is_json: bool
         position = _skip_to_line(file, stretch.start) if stretch.start else 0
         number = 0
         # A compressed file is read to its end: its size says nothing about its text.
-        while position < stretch.end or url.endswith(_COMPRESSED_SUFFIXES):
+        while position < stretch.end or url.endswith(COMPRESSED_SUFFIXES):
             line = file.readline(MAX_DOCUMENT_BYTES + 1)
             if not line:
                 return
@@ -223,6 +225,8 @@ def _skip_to_line(file: BinaryIO, start: int) -> int:
 
 
 def _require_text_column(schema: pa.Schema, column: str, url: str) -> None:
+    import pyarrow as pa
+
     if column not in schema.names:
         raise UserError(f"{url}: no column {column!r}; columns: {', '.join(schema.names[:20])}. Name the text column")
     kind = schema.field(column).type
@@ -233,22 +237,35 @@ def _require_text_column(schema: pa.Schema, column: str, url: str) -> None:
 
 @contextlib.contextmanager
 def _open_text(url: str) -> Iterator[BinaryIO]:
+    if url.endswith(".zst"):
+        yield from _open_zstandard(url)
+        return
     try:
         with open_data(url) as raw:
             if url.endswith(".gz"):
                 with gzip.open(raw) as unzipped:
                     yield unzipped  # type: ignore[misc]
-            elif url.endswith(".zst"):
-                with pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd") as unzipped:
-                    yield io.BufferedReader(unzipped)  # type: ignore[type-var, unused-ignore]
             else:
                 yield raw
-    except (EOFError, zlib.error, pa.ArrowException) as error:
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"data file {url!r} is damaged or incomplete ({error}); copy it again") from error
+
+
+def _open_zstandard(url: str) -> Iterator[BinaryIO]:
+    import pyarrow as pa
+
+    try:
+        with open_data(url) as raw, pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd") as unzipped:
+            yield io.BufferedReader(unzipped)  # type: ignore[type-var, unused-ignore]
+    except pa.ArrowException as error:
         raise UserError(f"data file {url!r} is damaged or incomplete ({error}); copy it again") from error
 
 
 @contextlib.contextmanager
 def _open_parquet(url: str) -> Iterator[pq.ParquetFile]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with open_data(url) as raw, pq.ParquetFile(raw) as file:
             yield file

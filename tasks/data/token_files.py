@@ -9,7 +9,9 @@ from __future__ import annotations
 import bisect
 import itertools
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +23,15 @@ from cluster.errors import ObjectMissing, StorageError
 from cluster.storage import RangeReader, Store
 from configs.errors import UserError
 from tasks.data.megatron_index import read_index
-from tasks.data.token_manifest import MANIFEST_KEY, parse_token_manifest
+from tasks.data.token_manifest import FORMAT, MANIFEST_KEY, PLAN_KEY, TokenManifest, parse_token_manifest
 
 _LLMC_HEADER_BYTES = 1024
 _LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 """Magic: version and dtype, for the GPT-2 and the Llama 3 vocabulary. No two GPT-2 ids spell either magic."""
 PLAIN_DTYPE = "<u2"
+MAX_OPEN_FILES = 128
+"""Files that a reader keeps open: corpora have more shards than a process may open files."""
+_OPENED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,7 @@ class TokenReader:
         self.dtype: np.dtype[Any] = np.dtype(dtypes[0])
         self._ends = list(itertools.accumulate(file.tokens for file in self.files))
         self.num_tokens = self._ends[-1]
-        self._readers: dict[int, RangeReader] = {}
+        self._readers: OrderedDict[int, RangeReader] = OrderedDict()
         self._guard = threading.Lock()
 
     def __len__(self) -> int:
@@ -100,31 +105,67 @@ class TokenReader:
             if number not in self._readers:
                 store, key = open_data_store(self.files[number].url)
                 self._readers[number] = store.open_reader(key)
+                if len(self._readers) > MAX_OPEN_FILES:
+                    # Not closed here, for another thread may be reading from it: it closes when that one lets go.
+                    self._readers.popitem(last=False)
+            self._readers.move_to_end(number)
             return self._readers[number]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenSet:
+    """Token files that one source names."""
+
+    files: tuple[TokenFile, ...]
+    """In the order of the row."""
+    manifest: TokenManifest | None
+    """What ``pma tokenize`` says of them, if they are its."""
+    url: str
+    """The folder of the manifest, or what the source said."""
+
+
 def open_tokens(url: str, *, dtype: str | None = None) -> TokenReader:
-    """The tokens that ``url`` names: a folder of ``pma tokenize``, a ``.bin``, a Megatron prefix, or a glob of ``.bin``.
+    """The tokens that ``url`` names: see :func:`find_token_files`."""
+    return TokenReader(find_token_files(url, dtype=dtype).files)
+
+
+def find_token_files(url: str, *, dtype: str | None = None, thorough: bool = True) -> TokenSet:
+    """The files of a folder of ``pma tokenize``, a ``.bin``, a Megatron prefix, or a glob of ``.bin``.
 
     ``dtype`` (``uint8``, ``uint16`` or ``uint32``) is for bare files, which do not say it themselves; without it
-    uint16, as nanoGPT writes. Sizes are checked, no tokens are read. Raises
+    uint16, as nanoGPT writes. Sizes are checked, no tokens are read; with ``thorough`` a Megatron index is read whole and
+    checked against itself, without it the sizes that its header claims are. Raises
     :class:`configs.errors.UserError` for what is missing, damaged or of another kind.
     """
     if any(mark in url for mark in "*?["):
         found = [file.url for file in list_data_files(url) if file.url.endswith(".bin")]
         if not found:
             raise UserError(f"{url} names no .bin files")
-        return TokenReader([_open_file(name, dtype) for name in found])
+        with ThreadPoolExecutor(_OPENED_AT_ONCE, thread_name_prefix="open-tokens") as pool:
+            return TokenSet(
+                files=tuple(pool.map(lambda name: _open_file(name, dtype, thorough), found)), manifest=None, url=url
+            )
     if not url.endswith((".bin", ".idx")):
         folder, _ = open_data_store(f"{url.rstrip('/')}/{MANIFEST_KEY}")
         if (data := _read_manifest(folder)) is not None:
-            return TokenReader(_manifest_files(folder, data))
+            manifest = parse_token_manifest(data, f"{folder.url}/{MANIFEST_KEY}")
+            return TokenSet(files=tuple(_manifest_files(folder, manifest)), manifest=manifest, url=folder.url)
     store, key = open_data_store(f"{url.removesuffix('.idx')}.bin" if url.endswith(".idx") else url)
     if store.exists(f"{key}.bin"):
         key = f"{key}.bin"
     elif any(found != key for found in store.keys(key)):
         raise UserError(f"{url} is a folder without {MANIFEST_KEY}: it was not finished; name its files, or a glob")
-    return TokenReader([_open_file(f"{store.url}/{key}", dtype)])
+    return TokenSet(files=(_open_file(f"{store.url}/{key}", dtype, thorough),), manifest=None, url=url)
+
+
+def is_token_folder(url: str) -> bool:
+    """Whether ``url`` is a folder that ``pma tokenize`` writes or wrote."""
+    store, _ = open_data_store(f"{url.rstrip('/')}/{MANIFEST_KEY}")
+    try:
+        found = (store.read_if_present(key) for key in (MANIFEST_KEY, PLAN_KEY))
+        return any(data is not None and FORMAT.encode() in data for data in found)
+    except StorageError:
+        return False  # of a file, or of nothing; reading it as text says what is wrong
 
 
 def _read_manifest(folder: Store) -> bytes | None:
@@ -136,8 +177,7 @@ def _read_manifest(folder: Store) -> bytes | None:
         raise
 
 
-def _manifest_files(store: Store, data: bytes) -> list[TokenFile]:
-    manifest = parse_token_manifest(data, f"{store.url}/{MANIFEST_KEY}")
+def _manifest_files(store: Store, manifest: TokenManifest) -> list[TokenFile]:
     dtype = np.dtype(manifest.plan.dtype).newbyteorder("<").str.replace("|", "<")
     for shard in manifest.shards:
         _require_size(store, shard.key, shard.bytes)
@@ -147,12 +187,12 @@ def _manifest_files(store: Store, data: bytes) -> list[TokenFile]:
     ]
 
 
-def _open_file(url: str, dtype: str | None) -> TokenFile:
+def _open_file(url: str, dtype: str | None, thorough: bool) -> TokenFile:
     store, key = open_data_store(url)
     size = _size(store, key)
     index_key = f"{key.removesuffix('.bin')}.idx"
     if key.endswith(".bin") and store.exists(index_key):
-        index = read_index(store, index_key, size)
+        index = read_index(store, index_key, size, thorough=thorough)
         return TokenFile(url=url, first_byte=0, tokens=index.tokens, dtype=index.dtype)
     if dtype is None and size >= _LLMC_HEADER_BYTES:
         magic, version, tokens = np.frombuffer(store.read_range(key, 0, 12), dtype="<i4").tolist()

@@ -47,6 +47,9 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> Ids:
         """Token ids of a document and its end, as :func:`dtype_of` says."""
 
+    def count_bytes(self, ids: NDArray[np.int64]) -> int:
+        """Bytes of UTF-8 that the ids ``[n]`` stand for, as bits per byte count them."""
+
 
 def load_vocabulary(tokenizer: str, end_of_document: str | int | None = None) -> Vocabulary:
     """Byte-level for ``bytes``; else the ``tokenizer.json`` that the path or URL names, or its folder holds.
@@ -56,12 +59,17 @@ def load_vocabulary(tokenizer: str, end_of_document: str | int | None = None) ->
     """
     if tokenizer == BYTE_LEVEL:
         return build_vocabulary(b"", end_of_document, BYTE_LEVEL)
-    url = tokenizer if tokenizer.endswith(".json") else f"{tokenizer.rstrip('/')}/tokenizer.json"
+    url = tokenizer_url(tokenizer)
     with open_data(url) as file:
         data = file.read(MAX_TOKENIZER_BYTES + 1)
     if len(data) > MAX_TOKENIZER_BYTES:
         raise UserError(f"{url!r} is larger than {MAX_TOKENIZER_BYTES >> 20} MiB; is it a tokenizer.json?")
     return build_vocabulary(data, end_of_document, url)
+
+
+def tokenizer_url(tokenizer: str) -> str:
+    """The file that a path or URL means: itself, or ``tokenizer.json`` in the folder."""
+    return tokenizer if tokenizer.endswith(".json") else f"{tokenizer.rstrip('/')}/tokenizer.json"
 
 
 def build_vocabulary(data: bytes, end_of_document: str | int | None, name: str) -> Vocabulary:
@@ -98,6 +106,10 @@ class ByteLevel:
         """The bytes of ``text``, then 0."""
         return np.frombuffer(text.encode() + b"\0", dtype=np.uint8)
 
+    def count_bytes(self, ids: NDArray[np.int64]) -> int:
+        """A byte a token, the ends of documents too."""
+        return len(ids)
+
 
 class TokenizerFile:
     """A ``tokenizer.json`` of Hugging Face ``tokenizers``; its truncation, padding and added ends are switched off."""
@@ -129,6 +141,17 @@ class TokenizerFile:
         ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         ids.append(self.end_of_document)
         return np.array(ids, dtype=self._dtype)
+
+    def count_bytes(self, ids: NDArray[np.int64]) -> int:
+        """Bytes of the decoded text, without ends of documents; a character cut at either edge counts as three."""
+        kept = ids[ids != self.end_of_document]
+        return len(self._tokenizer.decode(kept.tolist(), skip_special_tokens=False).encode())
+
+    def name_of(self, token: int) -> str:
+        """How the file spells the token of this id."""
+        name = self._tokenizer.id_to_token(token)
+        assert name is not None, f"id {token} is not of this vocabulary"
+        return name
 
 
 def _parse_tokenizer(data: bytes, name: str) -> Tokenizer:

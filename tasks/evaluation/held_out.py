@@ -10,11 +10,13 @@ import dataclasses
 import json
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store, open_store
+from configs.data import DataConfig
 from configs.load import config_from_dict
 from configs.schema import Config
 from tasks.checkpoints.digest import fingerprint
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from tasks.data.batch import Batch
+
 FOLDER = "evaluations"
+_SUITE_KEYS = ("tokenizer", "end_of_document", "format", "text_field", "token_dtype", "packing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +45,9 @@ class Evaluation:
     slices: tuple[float, ...]
     """Loss of each slice."""
     domains: dict[str, float]
-    """Loss per domain of the corpus."""
-    bits_per_byte: float
-    """The loss in bits per byte of text."""
+    """Loss per domain of the mixture, mean over slices; ``all`` alone for plain sources."""
+    bits_per_byte: float | None
+    """The loss in bits per byte of text; None for token files whose tokenizer nobody named."""
     tokens: int
     """Tokens predicted."""
     created: float = 0.0
@@ -68,15 +73,21 @@ class EvaluationTask:
 
 def suite_of(config: Config) -> str:
     """Fingerprint of data, split, sequence length and slices: results are comparable if it is equal."""
-    return fingerprint(
-        {
-            "sources": list(config.data.sources),
-            "held_out_fraction": config.data.held_out_fraction,
-            "sequence_length": config.training.sequence_length,
-            "slice_tokens": config.evaluation.slice_tokens,
-            "num_slices": config.evaluation.num_slices,
-        }
-    )[:16]
+    values = {
+        "sources": list(config.data.sources),
+        "held_out_fraction": config.data.held_out_fraction,
+        "sequence_length": config.training.sequence_length,
+        "slice_tokens": config.evaluation.slice_tokens,
+        "num_slices": config.evaluation.num_slices,
+    }
+    # Only what differs from the default, so that older records keep their names.
+    usual = DataConfig()
+    values |= {
+        key: getattr(config.data, key) for key in _SUITE_KEYS if getattr(config.data, key) != getattr(usual, key)
+    }
+    if config.data.mixture:
+        values["mixture"] = [dataclasses.asdict(domain) for domain in config.data.mixture]
+    return fingerprint(values)[:16]
 
 
 def evaluate_checkpoints(task: EvaluationTask) -> list[Evaluation]:
@@ -89,15 +100,26 @@ def evaluate_checkpoints(task: EvaluationTask) -> list[Evaluation]:
 
 
 class HeldOutSuite:
-    """Held-out text and an empty network, kept for many checkpoints of one run."""
+    """Held-out sequences and an empty network, kept for many checkpoints of one run."""
 
     def __init__(self, run_url: str, config: Config) -> None:
-        from tasks.data.corpus import read_corpus
-        from tasks.data.held_out import held_out_slices
+        from tasks.data.held_out import held_out_batches
+        from tasks.data.stream import open_stream
+        from tasks.data.tokenizer_files import run_vocabulary
         from tasks.models.build import build_model
 
         self._store, self._config = open_store(run_url), config
-        self._slices = held_out_slices(read_corpus(config.data, "held_out"), config)
+        stream = open_stream(config, "held_out")
+        try:
+            self._slices = held_out_batches(stream, config)
+        finally:
+            stream.close()
+        targets = [batch.targets_BS for batches in self._slices for batch in batches.values()]
+        self._tokens = sum(int((target_BS >= 0).sum()) for target_BS in targets)
+        vocabulary = run_vocabulary(config.data)
+        self._bytes = None
+        if vocabulary is not None:
+            self._bytes = sum(vocabulary.count_bytes(row[row >= 0]) for target_BS in targets for row in target_BS)
         self._network = build_model(config.model, config.training.sequence_length).eval()
 
     def evaluate(self, url: str) -> Evaluation:
@@ -107,28 +129,62 @@ class HeldOutSuite:
 
         checkpoint = open_checkpoint(url)
         load_weights(self._network, checkpoint)
-        batch = self._config.evaluation.batch_sequences
-        losses = tuple(slice_loss(self._network, tokens, batch) for tokens in self._slices)
+        size = self._config.evaluation.batch_sequences
+        sums = [
+            {name: sum_losses(self._network, batch, size) for name, batch in batches.items()}
+            for batches in self._slices
+        ]
         digest = checkpoint.manifest.digest if checkpoint.manifest else fingerprint({"url": checkpoint.url})
-        evaluation = _record(digest, self._config, losses, sum(tokens[:, 1:].size for tokens in self._slices))
+        evaluation = self._record(digest, sums)
         write_evaluation(self._store, evaluation)
         return evaluation
+
+    def _record(self, digest: str, sums: Sequence[dict[str, tuple[float, int]]]) -> Evaluation:
+        slices = [
+            sum(total for total, _ in found.values()) / sum(count for _, count in found.values()) for found in sums
+        ]
+        loss = statistics.fmean(slices)
+        bits = None if not self._bytes else loss / math.log(2) * (self._tokens / self._bytes)
+        return Evaluation(
+            digest=digest,
+            suite=suite_of(self._config),
+            loss=loss,
+            slices=tuple(slices),
+            domains={name: statistics.fmean(found[name][0] / found[name][1] for found in sums) for name in sums[0]},
+            bits_per_byte=bits,
+            tokens=self._tokens,
+            created=time.time(),
+        )
 
 
 def slice_loss(network: torch.nn.Module, tokens: NDArray[np.int64], batch_sequences: int) -> float:
     """Mean cross-entropy in nats per token of ``tokens [sequences, S + 1]``; token losses are summed in float64."""
+    from tasks.data.batch import Batch
+
+    total, count = sum_losses(network, Batch(tokens_BS1=tokens, targets_BS=tokens[:, 1:]), batch_sequences)
+    return total / count
+
+
+def sum_losses(network: torch.nn.Module, batch: Batch, batch_sequences: int) -> tuple[float, int]:
+    """Cross-entropy of ``batch`` in nats, summed over its targets in float64, and how many they are.
+
+    Where the batch has document borders, attention and positions keep to them: transformers reads them off
+    ``position_ids`` that begin anew.
+    """
     import torch
 
     total = 0.0
     with torch.inference_mode():
-        for start in range(0, len(tokens), batch_sequences):
-            batch_BS = torch.from_numpy(tokens[start : start + batch_sequences])
-            logits_BSV = network(input_ids=batch_BS[:, :-1], use_cache=False).logits.float()
+        for start in range(0, len(batch.tokens_BS1), batch_sequences):
+            part = batch.rows(start, start + batch_sequences)
+            positions = part.position_ids_BS
+            packed = {} if positions is None else {"position_ids": torch.from_numpy(positions)}
+            logits_BSV = network(input_ids=torch.from_numpy(part.inputs_BS), use_cache=False, **packed).logits.float()
             losses_T = torch.nn.functional.cross_entropy(
-                logits_BSV.flatten(0, 1), batch_BS[:, 1:].flatten(), reduction="none"
+                logits_BSV.flatten(0, 1), torch.from_numpy(part.targets_BS).flatten(), reduction="none"
             )
             total += float(losses_T.double().sum())
-    return total / tokens[:, 1:].size
+    return total, int((batch.targets_BS >= 0).sum())
 
 
 def evaluation_key(digest: str, suite: str) -> str:
@@ -156,19 +212,3 @@ def paired_gain(before: Evaluation, after: Evaluation) -> tuple[float, float]:
     gains = [a - b for a, b in zip(before.slices, after.slices, strict=True)]
     error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
     return statistics.fmean(gains), error
-
-
-def _record(digest: str, config: Config, losses: Sequence[float], tokens: int) -> Evaluation:
-    import time
-
-    loss = statistics.fmean(losses)
-    return Evaluation(
-        digest=digest,
-        suite=suite_of(config),
-        loss=loss,
-        slices=tuple(losses),
-        domains={"all": loss},
-        bits_per_byte=loss / math.log(2),
-        tokens=tokens,
-        created=time.time(),
-    )

@@ -11,26 +11,26 @@ from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.regions import TensorPlace
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES, CheckpointError
 from tasks.checkpoints.tensor_reader import TensorReader
-from tasks.models.disk_layout import Piece, pieces_of
+from tasks.models.disk_layout import Piece, model_tensors, pieces_of
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load_weights(network: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Overwrite every parameter of ``network`` with the weights of ``checkpoint``.
+    """Overwrite every parameter and saved buffer of ``network`` with the weights of ``checkpoint``.
 
     Raises :class:`CheckpointError` unless the checkpoint holds exactly the network's tensors.
     """
-    parameters = dict(network.named_parameters())
-    require_census(parameters, checkpoint.model, checkpoint.url)
-    for name, parameter in parameters.items():
-        read_slice(checkpoint.store, checkpoint.model, name, parameter.shape, 0, parameter.data)
+    tensors = model_tensors(network)
+    require_census(tensors, checkpoint.model, checkpoint.url)
+    for name, tensor in tensors.items():
+        read_slice(checkpoint.store, checkpoint.model, name, tensor.shape, 0, tensor.data)
 
 
 def require_census(
     parameters: Mapping[str, torch.Tensor], places: Mapping[str, TensorPlace], url: str, prefix: str = ""
 ) -> None:
-    """Every disk tensor of ``parameters`` is at ``places`` with its shape, and nothing else is."""
+    """Every disk tensor of ``parameters``, by layout name, is at ``places`` with its shape, and nothing else is."""
     expected = {
         prefix + piece.disk_name: piece.shape for name, p in parameters.items() for piece in pieces_of(name, p.shape)
     }
@@ -59,7 +59,7 @@ def read_slice(
     target: torch.Tensor,
     prefix: str = "",
 ) -> None:
-    """Fill ``target``, rows ``row_start`` and on of the parameter ``name`` with global ``shape``.
+    """Fill ``target``, rows ``row_start`` and on of the parameter with layout name ``name`` and global ``shape``.
 
     Reads only the bytes of those rows. ``prefix`` selects a tensor derived from the parameter, such
     as a moment.

@@ -6,98 +6,111 @@ where the run stands, so a gang that is started again simply continues.
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
 import torch.distributed as dist
 
-from cluster.journal import JournalWriter, write_event
-from tasks.recovery.record import alarm_fields
-from tasks.recovery.rule import Alarm
+from cluster.preemption import stop_requested
 from tasks.training.resume import ResumePoint
-from tasks.training.router_health import router_metrics
-from tasks.training.schedule import step_learning_rate
+from tasks.training.roll_call import open_roll_call
+from tasks.training.scribe import Scribe
 from tasks.training.signals import Signals
-from tasks.training.snapshot import LossWindow, publish_snapshot
-from tasks.training.spike_watch import SpikeWatch
-from tasks.training.worker import SegmentTask, StepResult, Worker
+from tasks.training.snapshot import LossWindow, begin_snapshot, open_writer
+from tasks.training.worker import SegmentTask, Worker
 
 
 def train_segment(task: SegmentTask) -> dict[str, Any]:
-    """Train until the run has seen its tokens, or a spike is found; returns where and why it ended."""
-    worker = Worker(task)
-    point = worker.restore()
-    segment = _open_segment(worker, point)
-    scribe = Scribe(worker, segment) if worker.rank == 0 else None
-    window = LossWindow()
-    signals = Signals(has_alarm=scribe is not None and scribe.watch.alarm is not None)
-    step_started = time.perf_counter()
-    while not worker.is_done:
-        result = worker.train_step(signals)
-        if result.signals.has_alarm:
-            break
-        window.add(result.loss, result.gradient_norm)
-        seconds = time.perf_counter() - step_started
-        step_started = time.perf_counter()
-        if scribe:
-            signals = Signals(has_alarm=scribe.note(result, seconds) is not None)
-        if worker.is_snapshot_due():
-            if scribe:
-                # What was measured up to a snapshot is on record before it: whoever resumes there watches on from it.
-                scribe.journal.flush()
-            publish_snapshot(worker, window, segment)
-            window = LossWindow()
-            step_started = time.perf_counter()
-    reason = scribe.close() if scribe else ""
-    dist.barrier()
-    return {"step": worker.step, "tokens_seen": worker.tokens_seen, "segment": segment, "reason": reason}
+    """Train until the run has seen its tokens, or something ends the segment; returns where and why it ended.
+
+    Raises :class:`tasks.training.roll_call.RankHung` naming the rank that the others waited for in vain, and what
+    :meth:`tasks.training.snapshot_writer.SnapshotWriter.wait` raises for a snapshot that could not be published.
+    """
+    roll_call = open_roll_call(dist.get_rank(), dist.get_world_size())
+    try:
+        worker = Worker(task, roll_call)
+        segment = Segment(worker, worker.restore())
+        reason = segment.train()
+        dist.barrier()
+    except RuntimeError as error:
+        if hung := roll_call.explain(error):
+            raise hung from error
+        raise
+    finally:
+        roll_call.end()
+    return {"step": worker.step, "tokens_seen": worker.tokens_seen, "segment": segment.number, "reason": reason}
 
 
-class Scribe:
-    """Rank 0's records of a segment: the journal, the watch for spikes, and how it ended."""
+class Segment:
+    """One rank's view of a segment that is under way."""
 
-    def __init__(self, worker: Worker, segment: int) -> None:
+    def __init__(self, worker: Worker, point: ResumePoint) -> None:
         self.worker = worker
-        self.segment = segment
-        self.journal = JournalWriter(worker.run.store, segment)
-        self.watch = SpikeWatch(worker.run.store, worker.config, worker.recovery, worker.step)
+        self.number = open_segment(worker, point)
+        self.scribe = Scribe(worker, self.number) if worker.rank == 0 else None
+        self.writer = open_writer(worker)
+        self.window = LossWindow(worker.carried)
 
-    def note(self, result: StepResult, seconds: float) -> Alarm | None:
-        """Journal a step; the alarm, once there is one."""
-        self.journal.log(self.worker.step, self.worker.tokens_seen, step_metrics(self.worker, result, seconds))
-        return self.watch.observe(self.worker.step, result.loss, result.gradient_norm)
+    def train(self) -> str:
+        """The loop; returns why it ended."""
+        worker, reason = self.worker, "completed"
+        signals = self._signals()
+        started = time.perf_counter()
+        while not worker.is_done:
+            result = worker.train_step(signals)
+            heard = result.signals
+            if heard.has_failed_snapshot:
+                self.writer.wait()  # Raises, on every rank at this step.
+            if heard.has_alarm or heard.is_resize_due:
+                reason = "spike" if heard.has_alarm else "resized"
+                break
+            self.window.add(result.loss, result.gradient_norm)
+            if self.scribe:
+                self.scribe.note(result, time.perf_counter() - started, self.writer.poll())
+            started = time.perf_counter()
+            if worker.is_snapshot_due():
+                self._publish(ephemeral=False)
+            elif heard.should_stop or heard.is_ephemeral_due:
+                self._publish(ephemeral=True)
+            if heard.should_stop:
+                reason = "stopped"
+                break
+            signals = self._signals()
+        last = self.writer.finish()
+        if self.scribe:
+            self.scribe.close(reason, last)
+        return reason
 
-    def close(self) -> str:
-        """Put on record why the segment ended; returns that."""
-        self.journal.flush()
-        alarm = self.watch.alarm
-        if alarm is None or self.worker.is_done:
-            self.worker.run.close_segment(self.segment, reason="completed", step=self.worker.step)
-            return "completed"
-        fields = alarm_fields(alarm)
-        self.worker.run.close_segment(self.segment, reason="spike", step=alarm.alarm_step, alarm=fields)
-        details = {"segment": self.segment, "step": alarm.alarm_step, "reason": alarm.reason, "alarm": fields}
-        write_event(self.worker.run.store, "spike", details)
-        return "spike"
+    def _signals(self) -> Signals:
+        """What this rank has to say at the next step."""
+        told_to_stop = stop_requested()
+        if self.scribe is None:
+            return Signals(should_stop=told_to_stop, has_failed_snapshot=self.writer.has_failed)
+        request = self.scribe.requests.found
+        seconds = self.worker.config.snapshots.ephemeral_seconds
+        return Signals(
+            has_alarm=self.scribe.watch.alarm is not None,
+            should_stop=told_to_stop or request == "stop",
+            is_resize_due=request == "resize" and self.worker.is_snapshot_due(),
+            has_failed_snapshot=self.writer.has_failed,
+            is_ephemeral_due=self.writer.is_ephemeral_due(seconds, time.monotonic()),
+        )
+
+    def _publish(self, *, ephemeral: bool) -> None:
+        """Begin the snapshot of the step just completed; training goes on beside its upload."""
+        self.worker.roll_call.note(self.worker.step, "at a snapshot")
+        if self.scribe:
+            # What was measured up to a snapshot is on record before it: whoever resumes there watches on from it.
+            self.scribe.journal.flush()
+        metrics = begin_snapshot(self.worker, self.writer, self.window, self.number, ephemeral=ephemeral)
+        if not ephemeral:
+            self.window = LossWindow()
+        if self.scribe:
+            self.scribe.pending |= metrics
 
 
-def step_metrics(worker: Worker, result: StepResult, seconds: float) -> dict[str, float]:
-    """What is journalled of a step."""
-    metrics = {
-        "train/loss": result.loss,
-        "train/gradient_norm": result.gradient_norm,
-        "train/learning_rate": step_learning_rate(worker.config, worker.step, worker.recovery),
-        "train/tokens_per_second": worker.config.training.batch_tokens / max(seconds, 1e-9),
-    }
-    if not result.is_applied:
-        metrics["train/skipped_steps"] = 1.0
-    if result.expert_counts is not None:
-        metrics |= router_metrics(result.expert_counts)
-    return {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}
-
-
-def _open_segment(worker: Worker, point: ResumePoint) -> int:
+def open_segment(worker: Worker, point: ResumePoint) -> int:
+    """Put the segment on record by rank 0; its number, on every rank."""
     number = [0]
     if worker.rank == 0 and not worker.is_done:
         worker.check_lease()

@@ -6,6 +6,7 @@ other rank and may go on beside the next steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from tasks.checkpoints.safetensors_header import TensorEntry
 from tasks.checkpoints.writer import write_shard
 
 DISK_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+PIECE_BYTES = 16 << 20
+"""Hashed and written in one go: long enough to spend the time outside Python's lock, short enough to be stopped soon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +41,46 @@ class HostShare:
         return sum(tensor.nbytes for part in (self.model, self.state) for tensor in part.values())
 
 
-def write_share(share: HostShare, store: Store) -> list[Shard]:
-    """Write the model shard and the state shard of one rank; no collectives."""
+@dataclass(frozen=True, kw_only=True)
+class ShareObject:
+    """One object of a share."""
+
+    key: str
+    """Below the snapshot's folder."""
+    part: Literal["model", "state"]
+    """Weights or training state."""
+    tensors: dict[str, torch.Tensor]
+    """By name on disk."""
+
+
+def share_objects(share: HostShare) -> list[ShareObject]:
+    """The model object and the state object of a share; none of an empty one."""
     if not share.number:
         return []
     suffix = f"{share.number:05d}-of-{share.of:05d}.safetensors"
-    parts: tuple[tuple[Literal["model", "state"], dict[str, torch.Tensor]], ...] = (
-        ("model", share.model),
-        ("state", share.state),
-    )
-    return [_write(store, f"{part}-{suffix}", tensors, part) for part, tensors in parts]
+    return [
+        ShareObject(key=f"model-{suffix}", part="model", tensors=share.model),
+        ShareObject(key=f"state-{suffix}", part="state", tensors=share.state),
+    ]
 
 
-def _write(store: Store, key: str, tensors: dict[str, torch.Tensor], part: Literal["model", "state"]) -> Shard:
+def write_share(share: HostShare, store: Store) -> list[Shard]:
+    """Write the model shard and the state shard of one rank; no collectives."""
+    return [write_object(item, store) for item in share_objects(share)]
+
+
+def write_object(item: ShareObject, store: Store, check: Callable[[], None] = lambda: None) -> Shard:
+    """Write one object whole or not at all; ``check`` is called between pieces and may raise to stop.
+
+    Safe to run again after an error: what an earlier attempt may have left under the key is neither read nor overwritten.
+    """
+    tensors = item.tensors
     specs = [(name, DISK_DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in sorted(tensors)]
 
-    def chunks_of(entry: TensorEntry) -> list[memoryview]:
+    def pieces_of(entry: TensorEntry) -> Iterator[memoryview]:
         flat: Any = tensors[entry.name].reshape(-1).view(torch.uint8).numpy()
-        return [memoryview(flat)]
+        for start in range(0, len(flat), PIECE_BYTES):
+            check()
+            yield memoryview(flat[start : start + PIECE_BYTES])
 
-    return write_shard(store, key, specs, chunks_of, part)
+    return write_shard(store, item.key, specs, pieces_of, item.part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -16,14 +16,21 @@ class Signals:
     """A spike was found."""
     should_stop: bool = False
     """The worker or its node is about to be taken away."""
+    is_resize_due: bool = False
+    """The driver wants to go on with a larger gang."""
+    has_failed_snapshot: bool = False
+    """A snapshot could not be published."""
     is_ephemeral_due: bool = False
     """Enough time has passed for a snapshot between those of the interval."""
 
 
+FLAGS = [item.name for item in fields(Signals)]
+
+
 def share_signals(loss_share: torch.Tensor, signals: Signals) -> tuple[float, Signals]:
     """The sum of all ranks' ``loss_share`` (a scalar), and the flags that any rank raised."""
-    flags = [signals.has_alarm, signals.should_stop, signals.is_ephemeral_due]
-    message = torch.stack([loss_share.float(), *(loss_share.new_tensor(float(flag)) for flag in flags)])
+    flags = torch.tensor([float(flag) for flag in astuple(signals)], device=loss_share.device)
+    message = torch.cat([loss_share.float().reshape(1), flags])
     dist.all_reduce(message)
-    loss, alarm, stop, ephemeral = message.tolist()
-    return loss, Signals(has_alarm=alarm > 0, should_stop=stop > 0, is_ephemeral_due=ephemeral > 0)
+    loss, *raised = message.tolist()
+    return loss, Signals(**{name: value > 0 for name, value in zip(FLAGS, raised, strict=True)})

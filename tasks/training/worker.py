@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cluster.lease import check_token
 from configs.load import config_from_dict
 from configs.schema import Config
+from tasks.checkpoints.manifest import LossStatistics
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.recoveries import Recovery
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, RunIdentity
@@ -21,6 +22,7 @@ from tasks.data.skips import skip_to
 from tasks.training.drill import corrupt, poison
 from tasks.training.rank_state import restore_rank
 from tasks.training.resume import ResumePoint, agree_on_resume_point, read_scalars
+from tasks.training.roll_call import RollCall
 from tasks.training.router_health import expert_counts, load_balance_loss
 from tasks.training.schedule import step_learning_rate
 from tasks.training.sharded_model import ShardedModel, build_sharded_model
@@ -43,6 +45,8 @@ class SegmentTask:
     """Why this gang was started: ``start``, ``resume``, ``worker lost``."""
     launched: float
     """Unix seconds when the driver asked for the gang, to account for its start-up."""
+    request_key: str = ""
+    """Object below the run that appears once the driver wants something; empty for never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,9 @@ class StepResult:
 class Worker:
     """State of one rank during a segment."""
 
-    def __init__(self, task: SegmentTask) -> None:
+    def __init__(self, task: SegmentTask, roll_call: RollCall) -> None:
         self.task = task
+        self.roll_call = roll_call
         self.config: Config = config_from_dict(task.config)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.run = RunFolder(task.run_url)
@@ -74,6 +79,7 @@ class Worker:
         self.model: ShardedModel = build_sharded_model(self.config, self.rank, self.world_size)
         self.guard = build_guard(self.config.optimizer)
         self.recovery: Recovery | None = None
+        self.carried: LossStatistics | None = None
         self.step = 0
         self.optimizer_steps = 0
 
@@ -87,6 +93,7 @@ class Worker:
         assert checkpoint.manifest is not None and checkpoint.manifest.step is not None
         scalars = read_scalars(checkpoint)
         self.step = checkpoint.manifest.step
+        self.carried = checkpoint.manifest.loss if checkpoint.manifest.ephemeral else None
         self.optimizer_steps = int(scalars["optimizer"]["steps"]) if point.with_moments else 0
         restore_rank(self.model, checkpoint, with_moments=point.with_moments, optimizer_steps=self.optimizer_steps)
         if guard := scalars.get("guard"):
@@ -98,7 +105,9 @@ class Worker:
         training = self.config.training
         torch.manual_seed(self._fold_seed())
         self._strike()
+        self.roll_call.note(self.step, "reading data")
         tokens_BS = self._batch()
+        self.roll_call.note(self.step, "in forward and backward")
         outputs = self.model.network(input_ids=tokens_BS[:, :-1], use_cache=False)
         loss = torch.nn.functional.cross_entropy(outputs.logits.float().flatten(0, 1), tokens_BS[:, 1:].flatten())
         objective = loss

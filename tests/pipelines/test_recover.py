@@ -21,6 +21,7 @@ from pipelines.gc import survey
 from pipelines.recover import recover
 from pipelines.run_lease import hold_run
 from pipelines.status import status
+from pipelines.tracking import bring_up_to_date
 from pipelines.verify import verify
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.checkpoints.recoveries import read_confirmations
@@ -229,3 +230,24 @@ def test_trained_run_is_not_trained_any_more_after_a_recovery(finished: tuple[Ru
     recover(run.url, Wish(count=3), onset=78)
     assert not run.snapshots()[-1].step >= config.training.total_steps
     assert run.snapshots()[-1].step == 70
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own, of SQLAlchemy.
+def test_mlflow_is_annotated_with_spike_and_recovery_once(recovered: RunFolder) -> None:
+    from mlflow import MlflowClient
+
+    for _ in range(2):
+        answer = bring_up_to_date(recovered, recovered.identity().config)
+        assert (answer["lag"], answer["error"]) == (0, None)
+    client = MlflowClient(tracking_uri=answer["uri"])
+    (experiment,) = [e for e in client.search_experiments() if e.name == "pmaflow"]
+    top = [r for r in client.search_runs([experiment.experiment_id]) if r.data.tags["pma.part"] == "run"]
+    tags = {
+        key.split(".")[1]: text
+        for key, text in top[0].data.tags.items()
+        if key.startswith("pma.") and key.count(".") == 2
+    }
+    assert set(tags) == {"spike", "recovery", "recovered"}
+    assert "loss is nan at step 46" in tags["spike"]
+    points = client.get_metric_history(top[0].info.run_id, "recovery/recovery_count")
+    assert [(point.step, point.value) for point in points] == [(40 * 128, 1.0)]

@@ -212,3 +212,41 @@ def test_plan_never_gives_up_what_is_needed_whatever_the_policy() -> None:
 def test_config_impossible_values_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"retention.{next(iter(fields))}"):
         RetentionConfig(**fields)
+
+
+# Ephemeral snapshots
+
+
+@pytest.mark.parametrize("policy", [{}, {"keep_last": 2}, {"keep_hours": 1.0}, {"milestones": (3, 8)}])
+def test_ephemeral_goes_once_a_later_one_is_committed_whatever_the_rules(policy: dict[str, Any]) -> None:
+    snapshots = [glance(step, ephemeral=step in {3, 7, 8, 10}) for step in range(1, 11)]
+    made = plan(RetentionConfig(**policy), *snapshots)
+    assert {row.step for row in made.doomed} >= {3, 7, 8}
+    assert 10 in kept(made)
+    assert {row.reasons for row in made.rows if row.step in {3, 7, 8}} == {
+        ("ephemeral, and a later snapshot is committed",)
+    }
+
+
+def test_ephemeral_is_not_one_of_the_last() -> None:
+    snapshots = [glance(step, ephemeral=step in {8, 10}) for step in range(1, 11)]
+    assert kept(plan(RetentionConfig(keep_last=2), *snapshots)) == [7, 9, 10]
+
+
+def test_ephemeral_that_is_needed_stays() -> None:
+    snapshots = [glance(1), glance(2, ephemeral=True), glance(3)]
+    made = plan(RetentionConfig(), *snapshots, needed={"snapshots/step-000000002": ["start of open segment 2"]})
+    assert kept(made) == [1, 2, 3]
+
+
+def test_ephemeral_is_not_what_recovery_merges() -> None:
+    snapshots = [glance(s, ephemeral=s in {3, 5}, healthy=s not in {5, 7}) for s in range(1, 10)]
+    found = reasons_of_health(snapshots)
+    assert {name for name, why in found.items() if "healthy before the last spike" in why} == {
+        f"snapshots/step-{step:09d}" for step in (2, 4, 6)
+    }
+
+
+def test_ephemeral_left_behind_by_a_recovery_goes_without_any_rule() -> None:
+    made = plan(RetentionConfig(), glance(1), left_behind=(glance(5, ephemeral=True), glance(6)))
+    assert {row.step: row.action for row in made.rows} == {1: "keep", 5: "delete", 6: "keep"}

@@ -10,9 +10,10 @@ import pytest
 from blake3 import blake3
 
 from cluster.storage import open_store
-from configs.data import DataConfig
+from configs.data import DataConfig, MixtureDomain
 from configs.errors import UserError
 from tasks.data import corpus as corpus_module
+from tasks.data import sources as sources_module
 from tasks.data.corpus import DOCUMENT_END, STDLIB_SOURCE, Corpus, is_held_out, read_corpus
 
 NUM_FILES = 60
@@ -137,7 +138,7 @@ def test_read_corpus_several_sources_are_joined(folder: Path) -> None:
 
 
 def test_read_corpus_stdlib_has_both_sides_without_tests_or_packages() -> None:
-    files = dict(corpus_module._stdlib_files())
+    files = dict(sources_module._stdlib_files())
     assert "json/decoder.py" in files
     assert not [name for name in files if "site-packages" in name or name.startswith("test/")]
     sides = {is_held_out(name, DataConfig().held_out_fraction) for name in files}
@@ -187,6 +188,14 @@ def test_read_corpus_unreadable_file_refused_by_name(folder: Path) -> None:
     side = "held_out" if is_held_out("dangling.txt", 0.25) else "train"
     with pytest.raises(UserError, match="dangling"):
         read_corpus(data_of(folder), side)
+
+
+@pytest.mark.parametrize(
+    "data", [DataConfig(mixture=(MixtureDomain(name="a", sources=("x",), weight=1.0),)), DataConfig(tokenizer="t.json")]
+)
+def test_read_corpus_of_what_is_no_single_text_refused(data: DataConfig) -> None:
+    with pytest.raises(UserError, match="read as a stream"):
+        read_corpus(data, "train")
 
 
 def test_read_corpus_more_text_than_memory_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,3 +303,21 @@ def test_object_storage_is_read_by_range(monkeypatch: pytest.MonkeyPatch) -> Non
     reader = open_tokens("memory://tokens/train.bin")
     assert np.array_equal(reader.read(50_000, 50_010), tokens[50_000:50_010])
     assert sum(asked) <= 12 + 20
+
+
+def test_reader_of_many_files_keeps_few_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.data.token_files.MAX_OPEN_FILES", 4)
+    whole = np.arange(4000, dtype="<u2")
+    for number in range(40):
+        (tmp_path / f"{number:02d}.bin").write_bytes(whole[number * 100 : number * 100 + 100].tobytes())
+    reader = open_tokens(f"{tmp_path}/*.bin")
+
+    def read(start: int) -> bool:
+        return bool(np.array_equal(reader.read(start, start + 250), whole[start : start + 250]))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, np.random.default_rng(1).integers(0, 3750, size=500).tolist()))
+    opened = [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in str(link.resolve())]
+    assert 1 <= len(opened) <= 4
+    reader.close()
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in str(link.resolve())]

@@ -22,6 +22,8 @@ class At:
     step: int
     healthy: bool = True
     phase: str | None = "stable"
+    ephemeral: bool = False
+    recovery: int = 0
 
     @property
     def tokens_seen(self) -> int:
@@ -83,3 +85,8 @@ def test_sick_snapshots_stay_though_no_window_takes_them_now() -> None:
 
 def test_no_snapshots_need_nothing() -> None:
     assert reasons_of_windows([], [row(3)], set(), last_tokens=None) == {}
+
+
+def test_ephemeral_snapshots_are_needed_by_no_window() -> None:
+    snapshots = [At(1), At(2), dataclasses.replace(At(3), ephemeral=True)]
+    assert "snapshots/step-000000003" not in reasons_of_windows(snapshots, [row(3)], (), last_tokens=TOTAL)

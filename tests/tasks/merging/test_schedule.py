@@ -28,6 +28,8 @@ class Point:
     step: int
     healthy: bool = True
     phase: str | None = "stable"
+    ephemeral: bool = False
+    recovery: int = 0
 
     @property
     def tokens_seen(self) -> int:

@@ -215,3 +215,14 @@ def test_due_windows_of_a_limited_rule_grow_with_the_run() -> None:
     names = {limited.name_at(window[-1].manifest) for window in due}
     assert len(names) == len(due)
     assert due_windows(EVERY_TEN, limited, names) == []
+
+
+def test_ephemeral_snapshots_are_in_no_window() -> None:
+    # Ten steps apart from one another, as if they were on the grid.
+    mixed = sorted([*EVERY_TEN, *(snapshot(step, ephemeral=True) for step in (85, 95, 105))], key=lambda s: s.step)
+    assert steps(select_window(mixed, rule(3))) == [80, 90, 100]
+    with pytest.raises(UserError, match="no snapshot at step 95; there are 10 snapshots"):
+        select_window(mixed, rule(2), 95)
+    assert [steps(w) for w in due_windows(mixed, rule(8), set())] == [
+        steps(w) for w in due_windows(EVERY_TEN, rule(8), set())
+    ]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,28 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cluster.lease import Lease
-from cluster.storage import open_store
-from configs.load import config_to_dict, load_config
+from cluster.lease import Lease, hold_lease
+from configs.load import load_config
 from configs.schema import Config
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
+from tests.plain_gang import end_members, start_members, train_plainly
 
-# One process of a gang: the body that Ray Train would run, on a gloo group of its own.
-GANG_MEMBER = """
-import json, sys
-import torch, torch.distributed as dist
-from tests.gloo_ranks import leave_together
-from tasks.training.segment import train_segment
-from tasks.training.worker import SegmentTask
-torch.set_num_threads(1)
-rank, world, store, task = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-train_segment(SegmentTask(**task))
-leave_together(store, rank, world)
-"""
 # Sums over ranks are taken in another order: float32 noise that six steps of AdamW amplify.
 WORLD_SIZE_TOLERANCE = 2e-4
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -72,26 +54,9 @@ def train(tmp_path: Path) -> Callable[[str, Config, int], RunFolder]:
 
     def run_gang(name: str, config: Config, world_size: int) -> RunFolder:
         run = RunFolder(str(tmp_path / name))
-        lease = Lease(open_store(run.url), RUN_LEASE)
-        lease.acquire()
         run.begin(config)
-        task = {
-            "run_url": run.url, "config": config_to_dict(config), "lease_token": lease.token,
-            "cause": "start", "launched": 0.0,
-        }  # fmt: skip
-        rendezvous = str(tmp_path / f"{name}-rendezvous-{world_size}-{os.urandom(4).hex()}")
-        members = [
-            subprocess.Popen(
-                [sys.executable, "-c", GANG_MEMBER, str(rank), str(world_size), rendezvous, json.dumps(task)],
-                cwd=ROOT,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        errors = [member.communicate()[1] for member in members]
-        assert all(member.returncode == 0 for member in members), "\n".join(errors)
-        lease.release()
+        with hold_lease(run.store, RUN_LEASE) as lease:
+            train_plainly(run, config, lease, world_size, tmp_path)
         return RunFolder(run.url)
 
     return run_gang
@@ -183,19 +148,11 @@ def test_worker_without_the_lease_publishes_nothing(
     train: Callable[[str, Config, int], RunFolder], config: Config, tmp_path: Path
 ) -> None:
     run = train("run", until(config, 768), 1 if config.training.num_workers == 1 else 2)
-    thief = Lease(open_store(run.url), RUN_LEASE)
-    thief.acquire()
-    task = {
-        "run_url": run.url, "config": config_to_dict(config), "lease_token": "stale", "cause": "resume", "launched": 0.0,
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", GANG_MEMBER, "0", "1", str(tmp_path / "late"), json.dumps(task)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    thief.release()
-    assert done.returncode != 0
-    assert "LeaseLost" in done.stderr
+    own = Lease(run.store, RUN_LEASE)
+    own.token = "stale"
+    with hold_lease(run.store, RUN_LEASE):
+        (member,) = start_members(run, config, own, 1, tmp_path, cause="resume")
+        (error,) = end_members([member])
+    assert member.returncode != 0
+    assert "LeaseLost" in error
     assert [s.step for s in RunFolder(run.url).snapshots()] == [2]

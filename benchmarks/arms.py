@@ -1,0 +1,177 @@
+"""What helps against a loss spike: arms of recovery on the same faults and seeds.
+
+``python -m benchmarks.arms [--faults poison corrupt ...] [--arms pma rollback ...] [--seeds 5] [--workers 2] --out FOLDER``
+
+Each run is a whole run of pmaflow (segments, snapshots, detector, merges, records) with a gang of one rank in a process
+of its own, without Ray; ``control`` is the run of the same seed without the fault. Runs that are complete in FOLDER are
+not made again. Reported per fault and arm: runs that recovered (held-out loss at the end at most ``TOLERANCE`` nats above
+the control's), tokens trained in vain, and the held-out loss at the end less the control's, as median and range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provoke import SETTINGS
+from configs.load import load_config
+from configs.schema import Config
+from tasks.checkpoints.run_folder import RunFolder
+from tasks.evaluation.held_out import HeldOutSuite
+from tasks.recovery.policy import SpikeUnanswered
+
+TOLERANCE = 0.1
+CONTROL = "control"
+SHORT = ("recovery.window_steps=64", "recovery.patience_steps=24", "training.num_workers=1", "anneal.tokens=102400")
+"""A detector for runs of some hundred steps."""
+ARMS: dict[str, tuple[str, ...]] = {
+    CONTROL: ("recovery.policy=ignore",),
+    "none": ("recovery.policy=ignore",),
+    "skip-step": ("recovery.policy=ignore", "optimizer.guard=skip-step"),
+    "zclip": ("recovery.policy=ignore", "optimizer.guard=zclip"),
+    "rollback": ("recovery.policy=rollback",),
+    "rollback-skip": ("recovery.policy=rollback-skip",),
+    "pma": ("recovery.policy=pma",),
+    "pma-reset": ("recovery.policy=pma", "recovery.moments=reset"),
+}
+STEP_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run."""
+
+    fault: str
+    """Name of a setting of ``benchmarks.provoke``."""
+    arm: str
+    """Name of an arm."""
+    seed: int
+    """Of weights, data order and fault."""
+    steps: int
+    """Length."""
+    folder: str
+    """Where runs go."""
+
+    @property
+    def url(self) -> str:
+        """Run folder."""
+        return f"{self.folder}/{self.fault}-{self.arm}-{self.seed}"
+
+    def config(self) -> Config:
+        """The run's configuration."""
+        setting = SETTINGS[self.fault].overrides
+        if self.arm == CONTROL:
+            setting = tuple(item for item in setting if not item.startswith("drill."))
+        length = (f"training.total_tokens={self.steps * STEP_TOKENS}", f"seed={self.seed}")
+        return load_config("tiny", (*setting, *SHORT, *length, *ARMS[self.arm])).config
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Make the run, or read what came of it before."""
+    record = Path(f"{case.url}.json")
+    if record.exists():
+        return dict(json.loads(record.read_text()))
+    import torch
+
+    torch.set_num_threads(1)
+    from tests.local_gang import train
+
+    config, run, started = case.config(), RunFolder(case.url), time.perf_counter()
+    run.begin(config)
+    given_up = ""
+    try:
+        train(run, config)
+    except SpikeUnanswered as error:
+        given_up = str(error)
+    segments = run.segments()
+    result = {
+        "fault": case.fault,
+        "arm": case.arm,
+        "seed": case.seed,
+        "loss": None if given_up else _held_out_loss(run, config),
+        "given_up": given_up,
+        "recoveries": len(run.recoveries()),
+        "tokens_in_vain": sum(
+            (segment["end"]["step"] - recovery.start.step) * config.training.batch_tokens
+            for segment, recovery in zip(segments, run.recoveries(), strict=False)
+        ),
+        "alarm_steps": [r.alarm_step for r in run.recoveries()],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    record.write_text(json.dumps(result))
+    return result
+
+
+def _held_out_loss(run: RunFolder, config: Config) -> float | None:
+    """Of the last snapshot; null where its weights are not finite."""
+    loss = HeldOutSuite(run.url, config).evaluate(run.snapshots()[-1].url).loss
+    return loss if math.isfinite(loss) else None
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per fault and arm."""
+    control = {(r["fault"], r["seed"]): r["loss"] for r in results if r["arm"] == CONTROL}
+    rows = []
+    for fault, arm in dict.fromkeys((r["fault"], r["arm"]) for r in results):
+        mine = [r for r in results if (r["fault"], r["arm"]) == (fault, arm)]
+        excess = [_excess(r, control) for r in mine]
+        rows.append(
+            {
+                "fault": fault,
+                "arm": arm,
+                "runs": len(mine),
+                "recovered": sum(value <= TOLERANCE for value in excess),
+                "excess_loss_median": round(statistics.median(excess), 4),
+                "excess_loss_range": [round(min(excess), 4), round(max(excess), 4)],
+                "tokens_in_vain_median": statistics.median(r["tokens_in_vain"] for r in mine),
+                "recoveries": [r["recoveries"] for r in mine],
+                "seconds_median": statistics.median(r["seconds"] for r in mine),
+            }
+        )
+    return rows
+
+
+def _excess(result: dict[str, Any], control: dict[tuple[str, int], float]) -> float:
+    if result["loss"] is None:
+        return math.inf
+    return float(result["loss"] - control[result["fault"], result["seed"]])
+
+
+def main() -> None:
+    """Make the runs that are missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", nargs="+", default=["poison", "corrupt"])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", required=True)
+    options = parser.parse_args()
+    if unknown := sorted(set(options.faults) - SETTINGS.keys() | set(options.arms) - ARMS.keys()):
+        parser.error(f"{unknown[0]!r} is not known; faults: {', '.join(SETTINGS)}; arms: {', '.join(ARMS)}")
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    cases = [
+        Case(fault=fault, arm=arm, seed=seed, steps=options.steps, folder=options.out)
+        for seed in range(1, options.seeds + 1)
+        for fault in options.faults
+        for arm in dict.fromkeys([CONTROL, *options.arms])
+    ]
+    results = []
+    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
+        for result in pool.imap_unordered(run_case, cases):
+            print(json.dumps(result), flush=True)
+            results.append(result)
+    for row in table(results):
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

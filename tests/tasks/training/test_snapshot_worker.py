@@ -1,0 +1,123 @@
+"""Real workers that publish beside their steps: told to stop, resumed from an ephemeral snapshot, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster.lease import hold_lease
+from cluster.storage import open_store
+from configs.load import config_to_dict, load_config
+from configs.schema import Config
+from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, snapshot_key
+from tasks.merging.verify import verify_checkpoint
+
+# One rank; rank 1 may be sent SIGTERM once the file named last is there.
+MEMBER = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from cluster.preemption import install
+from tests.gloo_ranks import leave_together
+from tasks.training.segment import train_segment
+from tasks.training.worker import SegmentTask
+torch.set_num_threads(1)
+rank, world, rendezvous, task, sign = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]), sys.argv[5]
+
+def end_me():
+    while not Path(sign).exists():
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+assert install()
+if rank == 1 and sign:
+    threading.Thread(target=end_me, daemon=True).start()
+dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+print(json.dumps(train_segment(SegmentTask(**task))), flush=True)
+leave_together(rendezvous, rank, world)
+"""
+ROOT = Path(__file__).parents[3]
+WORLD_SIZE = 2
+STEPS = 60
+INTERVAL = 20
+
+
+def tiny(folder: Path) -> Config:
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog; " * 60)
+    return load_config(
+        "tiny",
+        (
+            f"data.sources=[{folder}]",
+            "data.held_out_fraction=0.3",
+            "model.hidden_size=32",
+            "training.sequence_length=32",
+            "training.batch_tokens=384",
+            f"training.total_tokens={STEPS * 384}",
+            f"snapshots.interval_tokens={INTERVAL * 384}",
+            "schedule.warmup_tokens=768",
+            "anneal.tokens=768",
+            "evaluation.slice_tokens=64",
+        ),
+    ).config
+
+
+def train(url: str, config: Config, *, stop_once_there: str = "") -> list[dict[str, Any]]:
+    """What each rank returned."""
+    run = RunFolder(url)
+    run.begin(config)
+    meet = f"{url}-meet-{len(run.segments())}"
+    with hold_lease(open_store(url), RUN_LEASE) as lease:
+        task = {
+            "run_url": url, "config": config_to_dict(config), "lease_token": lease.token, "cause": "start", "launched": 0.0,
+        }  # fmt: skip
+        members = [
+            subprocess.Popen(
+                [sys.executable, "-c", MEMBER, str(rank), str(WORLD_SIZE), meet, json.dumps(task), stop_once_there],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(WORLD_SIZE)
+        ]
+        said = [member.communicate() for member in members]
+    assert [member.returncode for member in members] == [0] * WORLD_SIZE, "\n".join(error for _, error in said)
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+def test_gang_told_to_stop_publishes_stops_at_one_step_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "text")
+    train(str(tmp_path / "whole"), config)
+    url = str(tmp_path / "stopped")
+    often = replace(config, snapshots=replace(config.snapshots, ephemeral_seconds=1e-6))
+    answers = train(url, often, stop_once_there=f"{url}/{snapshot_key(INTERVAL)}/manifest.json")
+    assert answers[0] == answers[1]
+    assert answers[0]["reason"] == "stopped"
+    stopped_at = answers[0]["step"]
+    assert INTERVAL < stopped_at < STEPS
+    found = RunFolder(url).snapshots()
+    # The first flag goes up before the first step.
+    assert [found[0].step, found[-1].step] == [1, stopped_at]
+    assert [s.ephemeral for s in found] == [s.step % INTERVAL != 0 for s in found]
+    assert [s.url for s in found if verify_checkpoint(s.url).problems] == []
+
+    (answer, _) = train(url, config)
+    assert (answer["step"], answer["reason"]) == (STEPS, "completed")
+    expected = RunFolder(str(tmp_path / "whole")).snapshots()
+    resumed = [s for s in RunFolder(url).snapshots() if not s.ephemeral]
+    assert [s.step for s in resumed] == [s.step for s in expected] == [20, 40, 60]
+    for a, b in zip(expected, resumed, strict=True):
+        assert (a.digest, a.manifest.state_digest) == (b.digest, b.manifest.state_digest)
+        # What was measured before the stop counts, too.
+        assert a.manifest.loss is not None
+        assert b.manifest.loss is not None
+        assert a.manifest.loss.steps == b.manifest.loss.steps == INTERVAL
+        assert a.manifest.loss.maximum == b.manifest.loss.maximum
