@@ -47,7 +47,7 @@ def run_gang(
     size: GangSize,
     *,
     name: str,
-    on_wait: Callable[[], None] = lambda: None,
+    on_wait: Callable[[], object] = lambda: None,
     on_interrupt: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run ``body(task)`` on every rank of a process group of ``size``; returns rank 0's result.
@@ -88,7 +88,9 @@ def run_gang(
     return value
 
 
-def _interruptible(fit: Callable[[], Any], on_wait: Callable[[], None], on_interrupt: Callable[[], None] | None) -> Any:
+def _interruptible(
+    fit: Callable[[], Any], on_wait: Callable[[], object], on_interrupt: Callable[[], None] | None
+) -> Any:
     """Run ``fit`` beside the main thread, which stays free for signals and for ``on_wait``.
 
     On the main thread Ray Train replaces the SIGINT handler by one that ends the process with exit

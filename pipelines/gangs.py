@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.errors import GangFailed, LeaseLost, StorageError
@@ -19,13 +19,16 @@ from configs.load import config_to_dict
 from configs.schema import Config
 from pipelines.elastic import GrowthWatch, choose_size
 from pipelines.merge import RunTasks
-from pipelines.recover import answer_spike, unanswered_alarm
+from pipelines.recover import SpikeAnswers, answer_spike, unanswered_alarm
 from pipelines.scheduled import on_ray
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.training.requests import write_request
 
-StartGang = Callable[[Any, Config, str], dict[str, Any]]
-"""Runs one gang on a segment task to its end, under a name; raises :class:`cluster.gang.WorkerLost`."""
+StartGang = Callable[[Any, Config, str, Callable[[], object]], dict[str, Any]]
+"""Runs one gang on a segment task to its end, under a name; raises :class:`cluster.gang.WorkerLost`.
+
+Meanwhile it calls the last argument now and then, if the task says that spikes are answered while the gang waits.
+"""
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +40,8 @@ class Means:
     """Runs a gang."""
     run_tasks: RunTasks
     """Runs merge tasks."""
+    answers_spikes: bool
+    """Whether gangs stay together while a recovery is decided."""
 
 
 def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | None = None) -> None:
@@ -53,9 +58,10 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | No
         if (alarm := unanswered_alarm(run)) is not None:
             answer_spike(run, config, alarm, lease, means.run_tasks)
         before = _newest_url(run)
-        task = _segment_task(run, config, lease, cause=_cause(run, failures))
+        task = _segment_task(run, config, lease, means, is_after_loss=failures > 0)
+        answers = SpikeAnswers(run, config, lease, means.run_tasks)
         try:
-            means.start_gang(task, config, f"{config.name}-{attempt}")
+            means.start_gang(task, config, f"{config.name}-{attempt}", answers.look)
         except WorkerLost as lost:
             lease.check()
             _raise_if_final(lost)
@@ -67,7 +73,7 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | No
 
 def on_cluster(config: Config) -> Means:
     """Gangs and merge tasks on the Ray session."""
-    return Means(start_gang=_on_ray, run_tasks=on_ray(config, lambda: False))
+    return Means(start_gang=_on_ray, run_tasks=on_ray(config, lambda: False), answers_spikes=True)
 
 
 def is_trained(run: RunFolder, config: Config) -> bool:
@@ -87,15 +93,6 @@ def _newest_url(run: RunFolder) -> str | None:
     return snapshots[-1].url if snapshots else None
 
 
-def _cause(run: RunFolder, failures: int) -> str:
-    if failures:
-        return "worker lost"
-    recoveries, segments = run.recoveries(), run.segments()
-    if recoveries and recoveries[-1].number > (segments[-1]["plan"].get("recovery", 0) if segments else 0):
-        return f"recovery {recoveries[-1].number}"
-    return "resume" if run.snapshots() else "start"
-
-
 def _count_failure(run: RunFolder, config: Config, lost: WorkerLost, failures: int) -> int:
     write_event(run.store, "worker-lost", {"attempt": failures, "message": str(lost)[:2000]})
     if failures >= config.training.max_restarts:
@@ -108,20 +105,21 @@ def _count_failure(run: RunFolder, config: Config, lost: WorkerLost, failures: i
     return failures + 1
 
 
-def _segment_task(run: RunFolder, config: Config, lease: Lease, *, cause: str) -> Any:
+def _segment_task(run: RunFolder, config: Config, lease: Lease, means: Means, *, is_after_loss: bool) -> Any:
     from tasks.training.worker import SegmentTask
 
     return SegmentTask(
         run_url=run.url,
         config=config_to_dict(config),
         lease_token=lease.token,
-        cause=cause,
+        cause="worker lost" if is_after_loss else "resume" if run.snapshots() else "start",
         launched=time.time(),
+        answers_spikes=means.answers_spikes,
         request_key=f"requests/{secrets.token_hex(4)}.json",
     )
 
 
-def _on_ray(task: Any, config: Config, name: str) -> dict[str, Any]:
+def _on_ray(task: Any, config: Config, name: str, on_wait: Callable[[], object]) -> dict[str, Any]:
     size = choose_size(config)
     store = open_store(task.run_url)
     growth = GrowthWatch(config, store, task.request_key, size)
@@ -136,18 +134,27 @@ def _on_ray(task: Any, config: Config, name: str) -> dict[str, Any]:
                 collective_timeout_seconds=config.training.collective_timeout_seconds,
             ),
             name=name,
-            on_wait=growth.look,
+            on_wait=_one_after_the_other(growth.look, on_wait),
             on_interrupt=lambda: write_request(store, task.request_key, "stop"),
         )
     finally:
         store.delete(task.request_key)
 
 
+def _one_after_the_other(*calls: Callable[[], object]) -> Callable[[], None]:
+    def call() -> None:
+        for one in calls:
+            one()
+
+    return call
+
+
 def _train_segment(task: Any) -> dict[str, Any]:
+    entered = time.time()
     # Imported in the worker: the driver itself never needs torch.
     from tasks.training.segment import train_segment
 
-    return train_segment(task)
+    return train_segment(replace(task, entered=entered))
 
 
 def _raise_if_final(lost: WorkerLost) -> None:

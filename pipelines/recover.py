@@ -34,6 +34,8 @@ from tasks.recovery.rule import Alarm
 
 METHOD = "sma"
 """How healthy snapshots are merged (arXiv 2505.12082, section 4.6: their average)."""
+REMOTE_LOOK_SECONDS = 5.0
+"""Between looks for an alarm where a look is a request."""
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +72,23 @@ def answer_spike(run: RunFolder, config: Config, alarm: Alarm, lease: Lease, run
     return carry_out(run, config, plan, lease, run_tasks)
 
 
+class SpikeAnswers:
+    """Answers spikes while a gang is at work: looks now and then whether its segment ended with one."""
+
+    def __init__(self, run: RunFolder, config: Config, lease: Lease, run_tasks: RunTasks) -> None:
+        self._run, self._config, self._lease, self._run_tasks = run, config, lease, run_tasks
+        self._pause = REMOTE_LOOK_SECONDS if run.store.reads_ahead else 0.0
+        self._looked_at = time.monotonic()
+
+    def look(self) -> None:
+        """Answer an alarm, if there is one; raises :class:`SpikeUnanswered` as :func:`answer_spike`."""
+        if time.monotonic() - self._looked_at < self._pause:
+            return
+        self._looked_at = time.monotonic()
+        if (alarm := unanswered_alarm(self._run)) is not None:
+            answer_spike(self._run, self._config, alarm, self._lease, self._run_tasks)
+
+
 def carry_out(
     run: RunFolder, config: Config, plan: RecoveryPlan[Snapshot], lease: Lease, run_tasks: RunTasks
 ) -> Recovery:
@@ -89,11 +108,11 @@ def carry_out(
 
 def unanswered_alarm(run: RunFolder) -> Alarm | None:
     """The alarm that the newest segment ended with, if no recovery was decided since."""
-    segments = run.segments()
-    end = segments[-1]["end"] if segments else None
-    if not end or end["reason"] != "spike":
+    newest = run.newest_segment()
+    end = newest["end"] if newest else None
+    if newest is None or not end or end["reason"] != "spike":
         return None
-    answered = any(r.number > segments[-1]["plan"].get("recovery", 0) for r in run.recoveries())
+    answered = any(r.number > newest["plan"].get("recovery", 0) for r in run.recoveries())
     return None if answered else parse_alarm(end["alarm"])
 
 

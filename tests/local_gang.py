@@ -20,11 +20,11 @@ from tasks.training.segment import train_segment
 
 def local_means() -> Means:
     """What :func:`pipelines.gangs.train_to_end` needs, in this process."""
-    return Means(start_gang=start_gang, run_tasks=run_tasks)
+    return Means(start_gang=start_gang, run_tasks=run_tasks, answers_spikes=False)
 
 
-def start_gang(task: Any, config: Config, name: str) -> dict[str, Any]:
-    """Train a segment with a world of one rank; ``config`` and ``name`` are a cluster's business."""
+def start_gang(task: Any, config: Config, name: str, on_wait: Callable[[], object]) -> dict[str, Any]:
+    """Train a segment with a world of one rank; all but ``task`` is a cluster's business."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)

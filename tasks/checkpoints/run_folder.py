@@ -181,6 +181,11 @@ class RunFolder:
         keys = [key for key in self.store.keys("segments") if key.endswith(".json")]
         return [json.loads(self.store.read(key)) for key in keys]
 
+    def newest_segment(self) -> dict[str, Any] | None:
+        """The segment that began last; reads no other."""
+        keys = [key for key in self.store.keys("segments") if key.endswith(".json")]
+        return dict(json.loads(self.store.read(keys[-1]))) if keys else None
+
     def open_segment(self, *, cause: str, start: dict[str, Any], plan: dict[str, Any]) -> int:
         """Record the start of a segment and return its number, from 1; the one before it is closed if it was left open."""
         earlier = self.segments()

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cluster.preemption import stop_requested
+from tasks.training.await_recovery import await_recovery
 from tasks.training.resume import ResumePoint
 from tasks.training.roll_call import open_roll_call
 from tasks.training.scribe import Scribe
@@ -23,15 +24,21 @@ from tasks.training.worker import SegmentTask, Worker
 def train_segment(task: SegmentTask) -> dict[str, Any]:
     """Train until the run has seen its tokens, or something ends the segment; returns where and why it ended.
 
-    Raises :class:`tasks.training.roll_call.RankHung` naming the rank that the others waited for in vain, and what
+    After a spike the ranks stay, if the task says that the driver answers it: once the recovery is on record they go on
+    from its start as a further segment, without being started, built and connected anew. Raises
+    :class:`tasks.training.roll_call.RankHung` naming the rank that the others waited for in vain, and what
     :meth:`tasks.training.snapshot_writer.SnapshotWriter.wait` raises for a snapshot that could not be published.
     """
     roll_call = open_roll_call(dist.get_rank(), dist.get_world_size())
     try:
         worker = Worker(task, roll_call)
-        segment = Segment(worker, worker.restore())
-        reason = segment.train()
-        dist.barrier()
+        while True:
+            segment = Segment(worker, worker.restore())
+            reason = segment.train()
+            dist.barrier()
+            if reason != "spike" or not task.answers_spikes or not await_recovery(worker, segment.number):
+                break
+            worker.asked_for, worker.startup_phases = time.time(), {}
     except RuntimeError as error:
         if hung := roll_call.explain(error):
             raise hung from error
@@ -116,7 +123,7 @@ def open_segment(worker: Worker, point: ResumePoint) -> int:
         worker.check_lease()
         recovery = worker.recovery
         number[0] = worker.run.open_segment(
-            cause=worker.task.cause,
+            cause=cause_of(worker),
             start={
                 "step": worker.step,
                 "tokens_seen": worker.tokens_seen,
@@ -131,10 +138,19 @@ def open_segment(worker: Worker, point: ResumePoint) -> int:
                 "optimizer_moments": "restored" if worker.step and point.with_moments else "fresh",
                 "data": "continued" if recovery is None or not recovery.skips else "continued, with stretches skipped",
                 "recovery": worker.recovery_number,
-                "startup_seconds": round(time.time() - worker.task.launched, 3),
+                "startup_seconds": round(time.time() - worker.asked_for, 3),
+                "startup_phases": worker.startup_phases,
             },
         )
     elif worker.rank == 0:
         number[0] = len(worker.run.segments())
     dist.broadcast_object_list(number, src=0)
     return number[0]
+
+
+def cause_of(worker: Worker) -> str:
+    """Why the segment begins: a recovery that no segment began with yet, or what the driver started the gang for."""
+    recovery, segments = worker.recovery, worker.run.segments()
+    if recovery is not None and (not segments or segments[-1]["plan"].get("recovery", 0) < recovery.number):
+        return f"recovery {recovery.number}"
+    return worker.task.cause

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,10 @@ class SegmentTask:
     """Why this gang was started: ``start``, ``resume``, ``worker lost``."""
     launched: float
     """Unix seconds when the driver asked for the gang, to account for its start-up."""
+    entered: float = 0.0
+    """Unix seconds when the rank's process began with it; 0 where that is not known."""
+    answers_spikes: bool = False
+    """Whether the driver decides recoveries while the gang waits."""
     request_key: str = ""
     """Object below the run that appears once the driver wants something; empty for never."""
 
@@ -71,6 +76,12 @@ class Worker:
     def __init__(self, task: SegmentTask, roll_call: RollCall) -> None:
         self.task = task
         self.roll_call = roll_call
+        self.asked_for = task.launched
+        self.startup_phases: dict[str, float] = {}
+        if task.entered:
+            self.startup_phases["ray_train_seconds"] = round(task.entered - task.launched, 3)
+            self.startup_phases["import_seconds"] = round(time.time() - task.entered, 3)
+        started = time.perf_counter()
         self.config: Config = config_from_dict(task.config)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.run = RunFolder(task.run_url)
@@ -82,11 +93,16 @@ class Worker:
         self.carried: LossStatistics | None = None
         self.step = 0
         self.optimizer_steps = 0
+        self.startup_phases["build_seconds"] = round(time.perf_counter() - started, 3)
 
     def restore(self) -> ResumePoint:
         """Load the newest committed snapshot of the run, else its start point; returns what was found."""
+        started = time.perf_counter()
         point = agree_on_resume_point(self.run, self.rank)
         self.recovery = point.recovery
+        # A gang that goes on after a spike has all of these from before it.
+        self.model.optimizer.state.clear()
+        self.guard = build_guard(self.config.optimizer)
         if point.url is None:
             return point
         checkpoint: Checkpoint = open_checkpoint(point.url)
@@ -98,6 +114,7 @@ class Worker:
         restore_rank(self.model, checkpoint, with_moments=point.with_moments, optimizer_steps=self.optimizer_steps)
         if guard := scalars.get("guard"):
             self.guard.restore(guard)
+        self.startup_phases["restore_seconds"] = round(time.perf_counter() - started, 3)
         return point
 
     def train_step(self, signals: Signals) -> StepResult:

@@ -23,7 +23,7 @@ from tasks.checkpoints.run_folder import RunFolder, snapshot_key
 from tasks.merging.verify import verify_checkpoint
 from tasks.training import snapshot_flight
 from tasks.training.share import HostShare
-from tasks.training.snapshot_board import SnapshotBoard
+from tasks.training.snapshot_board import Outcome, SnapshotBoard
 from tasks.training.snapshot_flight import SnapshotFailed, Terms
 from tasks.training.snapshot_writer import SnapshotWriter
 from tests.faulty_proxy import faulty_proxy, seeded_faults
@@ -438,6 +438,27 @@ def test_board_that_is_gone_fails_the_snapshot(tmp_path: Path) -> None:
     writer.begin(share_of(1, 1), facts_at(1))
     with pytest.raises(SnapshotFailed, match="rank 1 heard no outcome"):
         writer.finish()
+
+
+def test_rank_that_looks_late_finds_the_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot_flight, "LINGER_SECONDS", 0.05)
+    may_look = threading.Event()
+
+    class Late(SnapshotBoard):
+        def outcome(self, number: int) -> Outcome | None:
+            return super().outcome(number) if may_look.is_set() else None
+
+    store = HashStore()
+    boards = [SnapshotBoard(store, 0, 2), Late(store, 1, 2)]
+    writers = [
+        SnapshotWriter(open_store(str(tmp_path)), Terms(board=board, check_lease=lease_in_force)) for board in boards
+    ]
+    for rank, writer in enumerate(writers):
+        writer.begin(share_of(rank, 1), facts_at(1))
+    writers[0].finish()
+    assert writers[1].is_busy
+    may_look.set()
+    assert writers[1].finish()["snapshot/bytes"] > 0
 
 
 def test_board_holds_nothing_of_snapshots_that_are_over(tmp_path: Path) -> None:
