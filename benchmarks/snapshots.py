@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed import HashStore
 
 from cluster.storage import open_store
+from tasks.checkpoints import writer as writer_module
 from tasks.checkpoints.manifest import LossStatistics
 from tasks.training.share import HostShare
 from tasks.training.snapshot_board import SnapshotBoard
 from tasks.training.snapshot_facts import SnapshotFacts
-from tasks.training.snapshot_flight import Terms
+from tasks.training.snapshot_flight import Flight, Terms
 from tasks.training.snapshot_writer import SnapshotWriter
 
 TENSOR_BYTES = 16 << 20
@@ -89,6 +92,51 @@ def upload_elsewhere(url: str, megabytes: int, number: int, ended: Event) -> Non
     ended.set()
 
 
+class Account:
+    """Processor time of the uploading thread: all of it, and that spent hashing and writing, which hold no lock of Python's."""
+
+    def __init__(self) -> None:
+        self.total = self.unlocked = 0.0
+
+    def watch(self, stack: ExitStack) -> None:
+        """Take part in every upload for the length of ``stack``."""
+        hasher, work = writer_module.new_hasher, Flight._work
+        account = self
+
+        class Hasher:
+            def __init__(self) -> None:
+                self._inner = hasher()
+                self.hexdigest = self._inner.hexdigest
+
+            def update(self, data: bytes) -> None:
+                account.unlocked += _thread_seconds(lambda: self._inner.update(data))
+
+        def put(self: Any, data: bytes) -> None:
+            self._whole.update(data)
+            account.unlocked += _thread_seconds(lambda: self._out.write(data))
+
+        def whole(self: Flight) -> None:
+            account.total += _thread_seconds(lambda: work(self))
+
+        stack.enter_context(mock.patch.object(writer_module, "new_hasher", Hasher))
+        stack.enter_context(mock.patch.object(writer_module.ShardWriter, "_put", put))
+        stack.enter_context(mock.patch.object(Flight, "_work", whole))
+
+
+def account_for(url: str, megabytes: int, number: int) -> dict[str, float | str]:
+    """Processor seconds of one upload; they do not depend on what else the machine does."""
+    account = Account()
+    with ExitStack() as stack:
+        account.watch(stack)
+        metrics = begin(url, megabytes, number).finish()
+    return {
+        "megabytes": megabytes,
+        "cpu_seconds": account.total,
+        "cpu_seconds_holding_the_lock_at_most": account.total - account.unlocked,
+        "upload_seconds": metrics["snapshot/upload_seconds"],
+    }
+
+
 def measure(url: str, kind: str, megabytes: int, number: int) -> dict[str, float | str]:
     """Steps of ``kind`` alone, beside a snapshot to ``url``, and beside one that another process writes."""
     step = STEPS[kind]
@@ -118,6 +166,12 @@ def measure(url: str, kind: str, megabytes: int, number: int) -> dict[str, float
     }
 
 
+def _thread_seconds(call: Callable[[], object]) -> float:
+    started = time.thread_time()
+    call()
+    return time.thread_time() - started
+
+
 def _seconds_of(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
@@ -145,6 +199,9 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         urls = [str(folder / "run"), stack.enter_context(_s3(folder / "s3"))]
         cases = [(url, kind) for url in urls for kind in ("python", "matmul")]
+        for number in range(arguments.repeats):
+            row = account_for(urls[0], arguments.megabytes, 1_000_000 + number)
+            print(json.dumps(row), flush=True)
         for number in range(arguments.repeats):
             for place, (url, kind) in enumerate(cases):
                 row = measure(url, kind, arguments.megabytes, 1 + 2 * (number * len(cases) + place))

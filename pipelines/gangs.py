@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.errors import GangFailed, LeaseLost, StorageError
+from cluster.errors import GangFailed, LeaseHeld, LeaseLost, StorageError
 from cluster.gang import GangSize, WorkerLost, run_gang
 from cluster.journal import write_event
 from cluster.lease import Lease
@@ -21,6 +21,7 @@ from pipelines.elastic import GrowthWatch, choose_size
 from pipelines.merge import RunTasks
 from pipelines.recover import SpikeAnswers, answer_spike, unanswered_alarm
 from pipelines.scheduled import on_ray
+from tasks.checkpoints.ephemeral import drop_ephemeral
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.training.requests import write_request
 
@@ -29,6 +30,7 @@ StartGang = Callable[[Any, Config, str, Callable[[], object]], dict[str, Any]]
 
 Meanwhile it calls the last argument now and then, if the task says that spikes are answered while the gang waits.
 """
+TIDY_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 
 
@@ -59,9 +61,9 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | No
             answer_spike(run, config, alarm, lease, means.run_tasks)
         before = _newest_url(run)
         task = _segment_task(run, config, lease, means, is_after_loss=failures > 0)
-        answers = SpikeAnswers(run, config, lease, means.run_tasks)
+        answers, tidy = SpikeAnswers(run, config, lease, means.run_tasks), EphemeralTidy(run, config)
         try:
-            means.start_gang(task, config, f"{config.name}-{attempt}", answers.look)
+            means.start_gang(task, config, f"{config.name}-{attempt}", _one_after_the_other(answers.look, tidy.look))
         except WorkerLost as lost:
             lease.check()
             _raise_if_final(lost)
@@ -86,6 +88,25 @@ def first_line(error: BaseException) -> str:
     """The last line of an error's text, which is where Ray puts the cause."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else type(error).__name__
+
+
+class EphemeralTidy:
+    """Takes ephemeral snapshots away, beside training, once later ones stand."""
+
+    def __init__(self, run: RunFolder, config: Config) -> None:
+        seconds = config.snapshots.ephemeral_seconds
+        self._run, self._pause = run, None if seconds is None else max(seconds, TIDY_SECONDS)
+        self._looked_at = time.monotonic()
+
+    def look(self) -> None:
+        """Take away what is of no use any more, if it is time; storage that fails is left for the next time."""
+        if self._pause is None or time.monotonic() - self._looked_at < self._pause:
+            return
+        self._looked_at = time.monotonic()
+        try:
+            drop_ephemeral(self._run)
+        except (LeaseHeld, StorageError) as error:
+            logger.info("ephemeral snapshots stay for now: %s", error)
 
 
 def _newest_url(run: RunFolder) -> str | None:

@@ -149,7 +149,11 @@ def _reasons_of_evaluation(
 ) -> dict[str, list[str]]:
     """What a driver that is at work is yet to evaluate."""
     suite, done = suite_of(config), set(run.store.keys("evaluations"))
-    waiting = [folder for folder, glance in holdings if evaluation_key(glance.digest, suite) not in done]
+    waiting = [
+        folder
+        for folder, glance in holdings
+        if not glance.ephemeral and evaluation_key(glance.digest, suite) not in done
+    ]
     return {folder: ["not evaluated yet, and the run's driver is at work"] for folder in waiting}
 
 

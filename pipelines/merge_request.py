@@ -18,7 +18,7 @@ from tasks.checkpoints.tied import open_untied
 from tasks.merging.methods import EVALUATED_METHODS, MethodChoice
 from tasks.merging.plan import MergePlan, Recipe, plan_merges
 from tasks.merging.policy import DTYPE_NAMES, MergePolicy, parse_policy
-from tasks.merging.selection import BORDERS, WindowRule, select_window
+from tasks.merging.selection import BORDERS, WindowRule, on_grid, select_window
 
 BYTE_UNITS = {
     "": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
@@ -212,7 +212,7 @@ def _window(request: MergeRequest, largest: int | None) -> tuple[list[Snapshot],
         alpha=request.alpha,
         max_span_fraction=None if request.count or largest else config.merge.max_span_fraction,
     )
-    snapshots = run.trajectory() if "fork" in request.across else run.snapshots()
+    snapshots = on_grid(run.trajectory() if "fork" in request.across else run.snapshots())
     end = next((s for s in snapshots if s.step == request.end), None) if request.end is not None else None
     newest = end or (snapshots[-1] if snapshots else None)
     fitting = rule.shortened(newest.manifest.tokens_seen or 0) if newest else rule

@@ -28,11 +28,10 @@ from pipelines.units import evaluation_units, merge_units, snapshot_units
 from tasks.checkpoints.pins import hold_pins
 from tasks.checkpoints.run_folder import RUN_KEY, RunFolder
 from tasks.checkpoints.start_point import StartPoint
-from tasks.data.batches import num_windows
-from tasks.data.corpus import read_corpus
-from tasks.data.held_out import held_out_slices
+from tasks.data.readable import require_readable
 from tasks.evaluation.held_out import suite_of
 from tasks.merging.schedule import scheduled_rule
+from tasks.training.mesh import plan_mesh
 
 TRAINING_SECTIONS = ("seed", "model", "data", "training", "optimizer", "schedule", "snapshots")
 """Sections of a configuration that decide the bytes of its snapshots."""
@@ -133,16 +132,11 @@ def working_session(run: RunFolder, config: Config) -> Iterator[None]:
 
 
 def require_workable(run: RunFolder, config: Config) -> None:
-    """Find the user's mistakes before anything starts: storage that workers cannot see, a corpus without text."""
+    """Find the user's mistakes before anything starts: storage that workers cannot see, ranks that do not divide, data."""
     if not is_shared_with_workers(run.store):
         raise UserError(f"{run.url}: memory:// is seen by one process only; training needs a path or s3://")
-    text = read_corpus(config.data, "train")
-    if num_windows(len(text.tokens), config.training.sequence_length) < 1:
-        raise UserError(
-            f"data.sources hold {len(text.tokens)} training tokens, fewer than one sequence "
-            f"(training.sequence_length={config.training.sequence_length}); give more text"
-        )
-    held_out_slices(read_corpus(config.data, "held_out"), config)
+    plan_mesh(config, config.training.num_workers)
+    require_readable(config)
 
 
 def has_work_left(run: RunFolder, config: Config) -> bool:

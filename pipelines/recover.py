@@ -118,7 +118,7 @@ def unanswered_alarm(run: RunFolder) -> Alarm | None:
 
 def candidates(run: RunFolder) -> list[Snapshot]:
     """Snapshots that a recovery may go back to, by step."""
-    return [snapshot for snapshot in run.snapshots() if snapshot.manifest.kind == "training"]
+    return [s for s in run.snapshots() if s.manifest.kind == "training" and not s.ephemeral]
 
 
 def describe_plan(plan: RecoveryPlan[Snapshot]) -> dict[str, Any]:

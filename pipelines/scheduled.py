@@ -29,6 +29,7 @@ from tasks.merging.merge import MergeReport, execute_merge
 from tasks.merging.methods import MethodChoice
 from tasks.merging.plan import plan_merge
 from tasks.merging.schedule import DueMerge, due_merges, is_evaluated, schedule_of
+from tasks.merging.selection import on_grid
 
 EVALUATION_BATCH = 6
 """Checkpoints of one evaluation task: enough to share the network and text, few enough to show progress."""
@@ -133,7 +134,7 @@ def unevaluated(run: RunFolder, config: Config) -> list[str]:
         for name, manifest in run.merged().items()
         if pending(f"merged/{name}", manifest.digest) and is_evaluated(name, manifest, rows)
     ]
-    raw = [s.url for s in run.snapshots() if pending(snapshot_key(s.step, s.recovery), s.digest)]
+    raw = [s.url for s in on_grid(run.snapshots()) if pending(snapshot_key(s.step, s.recovery), s.digest)]
     return sorted(merged, reverse=True) + raw[::-1]
 
 

@@ -59,6 +59,6 @@ def step_metrics(worker: Worker, result: StepResult, seconds: float) -> dict[str
     }
     if not result.is_applied:
         metrics["train/skipped_steps"] = 1.0
-    if result.expert_counts is not None:
-        metrics |= router_metrics(result.expert_counts)
+    if result.expert_counts is not None and worker.step % worker.config.training.log_interval_steps == 0:
+        metrics |= router_metrics(result.expert_counts, worker.balance.layers)
     return {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}

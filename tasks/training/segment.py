@@ -83,6 +83,7 @@ class Segment:
                 reason = "stopped"
                 break
             signals = self._signals()
+        worker.close()
         last = self.writer.finish()
         if self.scribe:
             self.scribe.close(reason, last)

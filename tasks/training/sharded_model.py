@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from configs.fields import require
 from configs.schema import Config
 from configs.training import OptimizerConfig
 from tasks.models.disk_layout import model_parameters
@@ -142,10 +143,14 @@ def build_sharded_model(config: Config, rank: int, world_size: int) -> ShardedMo
 
 
 def select_device(config: Config) -> torch.device:
-    """Where this rank computes; a CUDA device by the worker's place on its node (``LOCAL_RANK``)."""
-    wanted = config.training.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    """Where this rank computes; a CUDA device by the worker's place on its node (``LOCAL_RANK``).
+
+    Raises :class:`configs.errors.ConfigError` if CUDA is asked for and this worker sees none.
+    """
+    wanted, has_cuda = config.training.device, torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not has_cuda):
         return torch.device("cpu")
+    require(has_cuda, "training.device", wanted, "'cpu' or 'auto': this worker sees no CUDA device")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

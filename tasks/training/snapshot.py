@@ -7,16 +7,13 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
-from tasks.checkpoints.manifest import LossStatistics, Shard
+from tasks.checkpoints.manifest import LossStatistics
 from tasks.checkpoints.run_folder import snapshot_key
 from tasks.models.build import build_model_config
 from tasks.training.rank_state import gather_share
 from tasks.training.schedule import phase_at, step_learning_rate
-from tasks.training.share import write_share
 from tasks.training.snapshot_board import open_board
-from tasks.training.snapshot_facts import SnapshotFacts, commit_snapshot
+from tasks.training.snapshot_facts import SnapshotFacts
 from tasks.training.snapshot_flight import Terms
 from tasks.training.snapshot_writer import SnapshotWriter
 
@@ -92,24 +89,6 @@ def begin_snapshot(
     }
 
 
-def publish_snapshot(worker: Worker, window: LossWindow, segment: int) -> float:
-    """Collectively write and commit the snapshot of the step just completed while training waits; seconds taken.
-
-    The manifest appears only after every rank reported its shards; a rank that fails leaves none.
-    """
-    started = time.perf_counter()
-    facts = facts_of(worker, window, segment)
-    store = worker.run.store.child(facts.key)
-    mine = write_share(gather_share(worker.model, worker.rank, worker.world_size), store)
-    everyone: list[list[Shard]] | None = [[] for _ in range(worker.world_size)] if worker.rank == 0 else None
-    dist.gather_object(mine, everyone, dst=0)
-    if everyone is not None:
-        shards = tuple(shard for rank_shards in everyone for shard in rank_shards)
-        commit_snapshot(store, facts, shards, worker.check_lease)
-    dist.barrier()
-    return time.perf_counter() - started
-
-
 def facts_of(worker: Worker, window: LossWindow, segment: int, *, ephemeral: bool = False) -> SnapshotFacts:
     """What the manifest of the step just completed says beside its shards."""
     config = worker.config
@@ -122,7 +101,7 @@ def facts_of(worker: Worker, window: LossWindow, segment: int, *, ephemeral: boo
         learning_rate=step_learning_rate(config, worker.step, worker.recovery),
         loss=window.statistics(),
         scalars=worker.scalars(),
-        files={"config.json": network.to_json_string(use_diff=False).encode()},
+        files={"config.json": network.to_json_string(use_diff=False).encode(), **worker.tokenizer_files},
         run_id=worker.identity.run_id,
         segment=segment,
         recovery=worker.recovery_number,

@@ -70,6 +70,7 @@ class SnapshotWriter:
 
         Every rank returns, or every rank raises: :class:`cluster.errors.StorageError` or one of its kinds,
         :class:`cluster.errors.LeaseLost`, or :class:`tasks.training.snapshot_flight.SnapshotFailed` for all other causes.
+        The one exception is a rank that cannot reach the board any more: it raises alone, and its gang has lost it anyway.
         """
         started = time.perf_counter()
         if self._flight is not None:

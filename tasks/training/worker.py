@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from cluster.lease import check_token
 from configs.load import config_from_dict
@@ -17,14 +18,16 @@ from tasks.checkpoints.manifest import LossStatistics
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.recoveries import Recovery
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, RunIdentity
-from tasks.data.batches import num_windows, read_windows, window_indices
-from tasks.data.corpus import Corpus, read_corpus
+from tasks.data.batch import Batch
+from tasks.data.prefetch import Prefetcher
 from tasks.data.skips import skip_to
+from tasks.data.stream import open_stream
+from tasks.data.tokenizer_files import tokenizer_files
 from tasks.training.drill import corrupt, poison
 from tasks.training.rank_state import restore_rank
 from tasks.training.resume import ResumePoint, agree_on_resume_point, read_scalars
 from tasks.training.roll_call import RollCall
-from tasks.training.router_health import expert_counts, load_balance_loss
+from tasks.training.router_balance import RouterBalance
 from tasks.training.schedule import step_learning_rate
 from tasks.training.sharded_model import ShardedModel, build_sharded_model
 from tasks.training.signals import Signals, share_signals
@@ -65,7 +68,7 @@ class StepResult:
     is_applied: bool
     """Whether the guard let the optimizer step."""
     expert_counts: torch.Tensor | None
-    """Global tokens per expert ``[L, E]`` on steps that measure router health."""
+    """Global tokens per expert ``[L, E]``, of each layer that has experts; None for a dense network."""
     signals: Signals
     """What any rank had to say."""
 
@@ -86,8 +89,11 @@ class Worker:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.run = RunFolder(task.run_url)
         self.identity: RunIdentity = self.run.identity()
-        self.corpus: Corpus = read_corpus(self.config.data, "train")
+        self.stream = open_stream(self.config, "train")
+        self.prefetcher: Prefetcher | None = None
+        self.tokenizer_files = tokenizer_files(self.config.data) if self.rank == 0 else {}
         self.model: ShardedModel = build_sharded_model(self.config, self.rank, self.world_size)
+        self.balance = RouterBalance(self.model.network, self.config.model)
         self.guard = build_guard(self.config.optimizer)
         self.recovery: Recovery | None = None
         self.carried: LossStatistics | None = None
@@ -98,6 +104,26 @@ class Worker:
     def restore(self) -> ResumePoint:
         """Load the newest committed snapshot of the run, else its start point; returns what was found."""
         started = time.perf_counter()
+        point = self._restore_state()
+        self.close()
+        self.prefetcher = Prefetcher(
+            self.stream,
+            first_step=self.step,
+            end_step=self.config.training.total_steps,
+            batch_sequences=self.config.training.batch_sequences,
+            rank=self.rank,
+            world_size=self.world_size,
+            skips=self.recovery.skips if self.recovery else (),
+        )
+        self.startup_phases["restore_seconds"] = round(time.perf_counter() - started, 3)
+        return point
+
+    def close(self) -> None:
+        """End what reads beside training."""
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+
+    def _restore_state(self) -> ResumePoint:
         point = agree_on_resume_point(self.run, self.rank)
         self.recovery = point.recovery
         # A gang that goes on after a spike has all of these from before it.
@@ -114,41 +140,33 @@ class Worker:
         restore_rank(self.model, checkpoint, with_moments=point.with_moments, optimizer_steps=self.optimizer_steps)
         if guard := scalars.get("guard"):
             self.guard.restore(guard)
-        self.startup_phases["restore_seconds"] = round(time.perf_counter() - started, 3)
         return point
 
     def train_step(self, signals: Signals) -> StepResult:
         """One optimizer step over the global batch; ``signals`` are told to all ranks on the way."""
-        training = self.config.training
         torch.manual_seed(self._fold_seed())
         self._strike()
         self.roll_call.note(self.step, "reading data")
-        tokens_BS = self._batch()
+        batch = self._batch()
         self.roll_call.note(self.step, "in forward and backward")
-        outputs = self.model.network(input_ids=tokens_BS[:, :-1], use_cache=False)
-        loss = torch.nn.functional.cross_entropy(outputs.logits.float().flatten(0, 1), tokens_BS[:, 1:].flatten())
-        objective = loss
-        if self.config.model.is_moe and self.config.model.router_loss_coefficient:
-            balance = load_balance_loss(outputs.router_logits, self.config.model.num_experts_per_token)
-            objective = loss + self.config.model.router_loss_coefficient * balance
-        torch.autograd.backward(objective)
+        loss_share = self._forward_and_backward(batch) / self.world_size
         norm = self.model.gradient_norm()
-        mean_loss, heard = share_signals(loss.detach() / self.world_size, signals)
+        mean_loss, heard = share_signals(loss_share, signals)
         decision = self.guard.observe(mean_loss, float(norm))
-        limits = [limit for limit in (training.max_gradient_norm, decision.max_norm) if limit is not None]
         self.step += 1
         if decision.apply:
+            limits = [x for x in (self.config.training.max_gradient_norm, decision.max_norm) if x is not None]
             if limits:
                 self.model.clip_gradients(min(limits), norm)
             self.model.step(step_learning_rate(self.config, self.step, self.recovery))
             self.optimizer_steps += 1
         else:
-            self.model.network.zero_grad(set_to_none=True)
+            self.model.drop_gradients()
         return StepResult(
             loss=mean_loss,
             gradient_norm=float(norm),
             is_applied=decision.apply,
-            expert_counts=self._count_experts(outputs),
+            expert_counts=self.balance.finish_step(is_applied=decision.apply),
             signals=heard,
         )
 
@@ -180,33 +198,61 @@ class Worker:
         return build_scalars(
             self.config,
             step=self.step,
-            corpus_digest=self.corpus.digest,
+            corpus_digest=self.stream.digest,
             optimizer_steps=self.optimizer_steps,
             guard=self.guard.state(),
             recovery=self.recovery,
         )
 
-    def _batch(self) -> torch.Tensor:
-        training = self.config.training
-        share = training.batch_sequences // self.world_size
-        first = self.step * training.batch_sequences + self.rank * share
+    def _forward_and_backward(self, batch: Batch) -> torch.Tensor:
+        """Gradients of this rank's sequences; its loss, whose mean over ranks is the global batch's."""
+        count = self.config.training.micro_batches
+        num_targets = self._count_targets(batch)
+        total = torch.zeros((), device=self.model.device)
+        for rows in self.model.micro_batches(torch.arange(len(batch.tokens_BS1)), count):
+            part = batch.rows(int(rows[0]), int(rows[-1]) + 1)
+            loss = self._loss(part, num_targets)
+            objective = loss + self.balance.loss(num_sequences=len(rows)) / count
+            torch.autograd.backward(objective)
+            total += loss.detach()
+        return total
+
+    def _loss(self, part: Batch, num_targets: float | None) -> torch.Tensor:
+        device = self.model.device
+        positions = {} if part.position_ids_BS is None else {"position_ids": _to(part.position_ids_BS, device)}
+        outputs = self.model.network(input_ids=_to(part.inputs_BS, device), use_cache=False, **positions)
+        logits_TV, targets_T = outputs.logits.float().flatten(0, 1), _to(part.targets_BS, device).flatten()
+        if num_targets is None:
+            return torch.nn.functional.cross_entropy(logits_TV, targets_T) / self.config.training.micro_batches
+        total = torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum")
+        return total * self.world_size / num_targets
+
+    def _count_targets(self, batch: Batch) -> float | None:
+        """Targets of the global batch that count; None where all do, as many on each rank."""
+        if batch.document_ids_BS is None:
+            return None
+        count = torch.tensor(float((batch.targets_BS >= 0).sum()), device=self.model.device)
+        dist.all_reduce(count)
+        return float(count)
+
+    def _batch(self) -> Batch:
+        """The rank's rows of the global batch, after the drill had its way with them."""
+        assert self.prefetcher is not None
+        batch = self.prefetcher.take(self.step)
+        drill = self.config.drill
+        if drill.poison == "none":
+            return batch
+        first = self.step * self.config.training.batch_sequences + self.rank * len(batch.tokens_BS1)
         skips = self.recovery.skips if self.recovery else ()
-        positions = skip_to(np.arange(first, first + share, dtype=np.int64), skips)
-        windows = np.concatenate(
-            [
-                window_indices(
-                    seed=self.config.seed,
-                    first_sequence=int(position),
-                    count=1,
-                    windows=num_windows(len(self.corpus.tokens), training.sequence_length),
-                )
-                for position in positions
-            ]
+        positions = skip_to(np.arange(first, first + len(batch.tokens_BS1), dtype=np.int64), skips)
+        poisoned = poison(
+            torch.from_numpy(batch.tokens_BS1),
+            positions,
+            drill,
+            vocab_size=self.config.model.vocab_size,
+            seed=self.config.seed,
         )
-        tokens_BS = torch.from_numpy(read_windows(self.corpus.tokens, windows, training.sequence_length))
-        return poison(
-            tokens_BS, positions, self.config.drill, vocab_size=self.config.model.vocab_size, seed=self.config.seed
-        )
+        return self.stream.pack(poisoned.numpy())
 
     def _strike(self) -> None:
         """The drill's silent corruption, if this is the step for it."""
@@ -221,14 +267,6 @@ class Worker:
         # Random draws are a function of (seed, step, rank), so they need no saved generator state.
         return ((self.config.seed * 1_000_003 + self.step) * 65_537 + self.rank) % 2**63
 
-    def _count_experts(self, outputs: Any) -> torch.Tensor | None:
-        if not self.config.model.is_moe or self.step % self.config.training.log_interval_steps:
-            return None
-        counts_LE = torch.stack(
-            [
-                expert_counts(logits.detach(), self.config.model.num_experts_per_token)
-                for logits in outputs.router_logits
-            ]
-        )
-        dist.all_reduce(counts_LE)
-        return counts_LE
+
+def _to(array: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

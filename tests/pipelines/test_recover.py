@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,6 @@ from pipelines.gc import survey
 from pipelines.recover import recover
 from pipelines.run_lease import hold_run
 from pipelines.status import status
-from pipelines.tracking import bring_up_to_date
 from pipelines.verify import verify
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.checkpoints.recoveries import read_confirmations
@@ -233,22 +233,13 @@ def test_trained_run_is_not_trained_any_more_after_a_recovery(finished: tuple[Ru
     assert run.snapshots()[-1].step == 70
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own, of SQLAlchemy.
-def test_mlflow_is_annotated_with_spike_and_recovery_once(recovered: RunFolder) -> None:
-    from mlflow import MlflowClient
-
+def test_mlflow_is_annotated_with_spike_and_recovery_once(recovered: RunFolder, pma: Callable[..., Any]) -> None:
     for _ in range(2):
-        answer = bring_up_to_date(recovered, recovered.identity().config)
-        assert answer["error"] is None and answer["lag"] == 0
-    client = MlflowClient(tracking_uri=answer["uri"])
-    (experiment,) = [e for e in client.search_experiments() if e.name == "pmaflow"]
-    top = [r for r in client.search_runs([experiment.experiment_id]) if r.data.tags["pma.part"] == "run"]
-    tags = {
-        key.split(".")[1]: text
-        for key, text in top[0].data.tags.items()
-        if key.startswith("pma.") and key.count(".") == 2
-    }
-    assert set(tags) == {"spike", "recovery", "recovered"}
-    assert "loss is nan at step 46" in tags["spike"]
-    points = client.get_metric_history(top[0].info.run_id, "recovery/recovery_count")
-    assert [(point.step, point.value) for point in points] == [(40 * 128, 1.0)]
+        answer = pma("status", "--run", recovered.url, "--json")
+        assert answer.json["tracking"]["error"] is None and answer.json["tracking"]["lag"] == 0, answer.stderr
+    with sqlite3.connect(f"{recovered.url}/mlflow.db") as db:
+        tags = dict(db.execute("select key, value from tags where key like 'pma.%.%'").fetchall())
+        points = db.execute("select step, value from metrics where key = 'recovery/recovery_count'").fetchall()
+    assert {key.split(".")[1] for key in tags} == {"spike", "recovery", "recovered"} and len(tags) == 3
+    assert any("loss is nan at step 46" in text for text in tags.values())
+    assert points == [(40 * 128, 1.0)]

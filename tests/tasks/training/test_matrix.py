@@ -20,8 +20,9 @@ from tests.sharded_gang import FAMILIES, Case, batch_of, loss_of, run_gang
 
 # Gangs take a minute or two of two idle cores, and several where other tests run beside them.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-# Sums over ranks are taken in another order; two AdamW steps at a learning rate of 1e-3 make that much of it.
-WORLD_SIZE_TOLERANCE = 2e-5
+# Sums over ranks are taken in another order. Relative to the largest number of a tensor, so that moments count too.
+# Seen: 9e-7.
+WORLD_SIZE_TOLERANCE = 5e-6
 # transformers computes the same batch whole, in one process.
 LOSS_TOLERANCE = 3e-6
 EXPERTS = {"fsdp": (), "expert-parallel": ("training.expert_parallel=2", "training.fsdp_unit=layer")}
@@ -118,7 +119,8 @@ def test_resumed_at_another_world_size_agrees_within_tolerance(
     assert any(name.startswith("exp_avg_sq.") for name in expected)
     assert family != "deepseek_v3" or any(name.endswith("e_score_correction_bias") for name in expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(resumed[name], value, rtol=0, atol=WORLD_SIZE_TOLERANCE, err_msg=name)
+        atol = WORLD_SIZE_TOLERANCE * np.abs(value).max()
+        np.testing.assert_allclose(resumed[name], value, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize(("world_size", "family", "layout"), STRETCHES)

@@ -55,11 +55,13 @@ LAYOUTS: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
         ),
     },
 }
-BFLOAT16 = Case(
-    name="ep2-bfloat16", family="qwen3_moe", steps=(0, STEPS),
-    overrides=(f"{EXPERTS}=2", "training.compute_dtype=bfloat16", "training.fsdp_unit=layer"),
-)  # fmt: skip
-# bfloat16 has 8 significant bits: single products are off by 4e-3, losses and norms, which are sums of many, by less.
+ROUNDED = ("training.compute_dtype=bfloat16", "training.fsdp_unit=layer")
+BFLOAT16 = {
+    1: Case(name="one-bfloat16", family="qwen3_moe", overrides=ROUNDED, steps=(0, STEPS)),
+    2: Case(name="ep2-bfloat16", family="qwen3_moe", overrides=(*ROUNDED, f"{EXPERTS}=2"), steps=(0, STEPS)),
+}
+# bfloat16 has 8 significant bits: single numbers are off by up to 4e-3. Against float32, a few tokens go to another
+# expert, so only losses and norms are compared with it (seen: 2e-5 and 1e-3). Seen between the two gangs: 4e-3.
 BFLOAT16_TOLERANCE = 1e-2
 NAMES = [(world_size, name) for world_size, layouts in LAYOUTS.items() for name in layouts]
 Values = dict[str, np.ndarray]
@@ -73,7 +75,7 @@ def gangs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Case(name=name, family=family, overrides=overrides, steps=(0, STEPS))
             for name, (family, overrides) in layouts.items()
         ]
-        run_gang(cases + [BFLOAT16] * (world_size == 2), world_size, folder)
+        run_gang(cases + [case for size, case in BFLOAT16.items() if size == world_size], world_size, folder)
     return folder
 
 
@@ -142,21 +144,20 @@ def test_layout_computes_what_one_plain_process_computes(
         np.testing.assert_allclose(value, weights[key], rtol=0, atol=WEIGHT_TOLERANCE, err_msg=key)
 
 
-def test_expert_parallelism_in_bfloat16_keeps_float32_masters_near_the_plain_process(
+def test_expert_parallelism_in_bfloat16_computes_what_one_rank_computes_with_float32_masters(
     gangs: Path, oracles: dict[str, tuple[Values, Values, Values]]
 ) -> None:
     scalars, gradients, weights = oracles["qwen3_moe"]
-    with np.load(gangs / f"{BFLOAT16.name}-0.npz") as saved:
+    with np.load(gangs / "ep2-bfloat16-0.npz") as saved:
         np.testing.assert_allclose(saved["loss"], scalars["loss"], rtol=BFLOAT16_TOLERANCE)
         np.testing.assert_allclose(saved["norm"], scalars["norm"], rtol=BFLOAT16_TOLERANCE)
         assert not np.array_equal(saved["loss"], scalars["loss"])
         assert {saved[key].dtype for key in saved.files if "/" in key} == {np.dtype(np.float32)}
-    found = assembled(gangs, BFLOAT16.name, 2, "gradient", gradients)
-    for key, value in gradients.items():
-        error = np.linalg.norm(found[key] - value) / np.linalg.norm(value)
-        assert error < 10 * BFLOAT16_TOLERANCE, f"{key}: {error}"
+    alone = assembled(gangs, "one-bfloat16", 1, "gradient", gradients)
+    for key, value in assembled(gangs, "ep2-bfloat16", 2, "gradient", gradients).items():
+        assert np.linalg.norm(value - alone[key]) < BFLOAT16_TOLERANCE * np.linalg.norm(alone[key]), key
     # Masters that had been rounded to bfloat16 would have lost the lower half of their bits.
-    kept = assembled(gangs, BFLOAT16.name, 2, "weight", weights)["lm_head.weight"]
+    kept = assembled(gangs, "ep2-bfloat16", 2, "weight", weights)["lm_head.weight"]
     assert (kept.view(np.uint32) & 0xFFFF).any()
 
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster.lease import hold_lease
 from cluster.storage import open_store
 from configs.load import config_to_dict, load_config
@@ -93,6 +95,7 @@ def train(url: str, config: Config, *, stop_once_there: str = "") -> list[dict[s
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
+@pytest.mark.slow
 def test_gang_told_to_stop_publishes_stops_at_one_step_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     config = tiny(tmp_path / "text")
     train(str(tmp_path / "whole"), config)

@@ -64,6 +64,14 @@ def test_skip_step_of_a_lasting_change_of_level_gives_in_within_a_window() -> No
     assert "loss 4" in found[100].reason
 
 
+def test_skip_step_of_a_bad_stretch_gives_in_once_four_of_its_steps_are_in_the_window() -> None:
+    # With k equal outliers among n = 128 values the next is sqrt((n - k) (n - 1) / (n k)) deviations off: 6.4 for 3, 5.5 for 4.
+    noise = np.random.default_rng(1).standard_normal(200) * 1e-6
+    guard = build_guard(OptimizerConfig(guard="skip-step"))
+    decisions(guard, [(2.0 + float(value), 1.0) for value in noise])
+    assert [guard.observe(9.0, 1.0).apply for _ in range(8)] == [False] * 4 + [True] * 4
+
+
 def test_skip_step_where_all_was_equal_so_far_applies_what_is_equal_and_no_other() -> None:
     guard = build_guard(SKIP)
     assert all(decision.apply for decision in decisions(guard, [(2.0, 1.0)] * 60))
