@@ -1,6 +1,6 @@
 """What helps against a loss spike: arms of recovery on the same faults and seeds.
 
-``python -m benchmarks.arms [--faults poison corrupt ...] [--arms pma rollback ...] [--seeds 5] [--workers 2] --out FOLDER``
+``python -m benchmarks.arms [--faults poison corrupt-weights ...] [--arms pma rollback ...] [--seeds 5] [--workers 2] --out FOLDER``
 
 Each run is a whole run of pmaflow (segments, snapshots, detector, merges, records) with a gang of one rank in a process
 of its own, without Ray; ``control`` is the run of the same seed without the fault. Runs that are complete in FOLDER are
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provoke import SETTINGS
+from benchmarks.provoke import SETTINGS, SHORT, write_sums
 from configs.load import load_config
 from configs.schema import Config
 from tasks.checkpoints.run_folder import RunFolder
@@ -30,8 +30,10 @@ from tasks.recovery.policy import SpikeUnanswered
 
 TOLERANCE = 0.1
 CONTROL = "control"
-SHORT = ("recovery.window_steps=64", "recovery.patience_steps=24", "training.num_workers=1", "anneal.tokens=102400")
-"""A detector for runs of some hundred steps."""
+CONTROLS = {"learning-rate": "learning-rate-lower"}
+"""Faults whose control is another setting, not the same without a drill."""
+SNAPSHOT_STEPS = {"poison": 25, "corrupt-weights": 25, "corrupt-moments": 25, "corrupt-bits": 25, "learning-rate": 10}
+"""Faults, and the steps between their snapshots."""
 ARMS: dict[str, tuple[str, ...]] = {
     CONTROL: ("recovery.policy=ignore",),
     "none": ("recovery.policy=ignore",),
@@ -42,7 +44,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     "pma": ("recovery.policy=pma",),
     "pma-reset": ("recovery.policy=pma", "recovery.moments=reset"),
 }
-STEP_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,6 @@ class Case:
     """Name of an arm."""
     seed: int
     """Of weights, data order and fault."""
-    steps: int
-    """Length."""
     folder: str
     """Where runs go."""
 
@@ -66,12 +65,21 @@ class Case:
         return f"{self.folder}/{self.fault}-{self.arm}-{self.seed}"
 
     def config(self) -> Config:
-        """The run's configuration."""
-        setting = SETTINGS[self.fault].overrides
-        if self.arm == CONTROL:
-            setting = tuple(item for item in setting if not item.startswith("drill."))
-        length = (f"training.total_tokens={self.steps * STEP_TOKENS}", f"seed={self.seed}")
-        return load_config("tiny", (*setting, *SHORT, *length, *ARMS[self.arm])).config
+        """The run's configuration; the control of a learning rate is a quarter of it."""
+        is_control = self.arm == CONTROL
+        setting = SETTINGS[CONTROLS.get(self.fault, self.fault) if is_control else self.fault]
+        overrides = tuple(item for item in setting.overrides if not (is_control and item.startswith("drill.")))
+        batch = 1024 if self.fault == "learning-rate" else 2048
+        length = (
+            f"training.total_tokens={setting.num_steps * batch}",
+            f"snapshots.interval_tokens={SNAPSHOT_STEPS[self.fault] * batch}",
+            f"seed={self.seed}",
+            "training.num_workers=1",
+            f"anneal.tokens={batch}",
+            "evaluation.slice_tokens=8192",
+        )
+        sources = (f"data.sources=[{self.folder}/text]",) if setting.is_easy_text else ()
+        return load_config("tiny", (*SHORT, *overrides, *length, *sources, *ARMS[self.arm])).config
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -148,18 +156,17 @@ def _excess(result: dict[str, Any], control: dict[tuple[str, int], float]) -> fl
 def main() -> None:
     """Make the runs that are missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", nargs="+", default=["poison", "corrupt"])
+    parser.add_argument("--faults", nargs="+", default=["poison", "corrupt-weights", "learning-rate"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
-    if unknown := sorted(set(options.faults) - SETTINGS.keys() | set(options.arms) - ARMS.keys()):
-        parser.error(f"{unknown[0]!r} is not known; faults: {', '.join(SETTINGS)}; arms: {', '.join(ARMS)}")
-    Path(options.out).mkdir(parents=True, exist_ok=True)
+    if unknown := sorted(set(options.faults) - SNAPSHOT_STEPS.keys() | set(options.arms) - ARMS.keys()):
+        parser.error(f"{unknown[0]!r} is not known; faults: {', '.join(SNAPSHOT_STEPS)}; arms: {', '.join(ARMS)}")
+    write_sums(Path(options.out).resolve() / "text")
     cases = [
-        Case(fault=fault, arm=arm, seed=seed, steps=options.steps, folder=options.out)
+        Case(fault=fault, arm=arm, seed=seed, folder=str(Path(options.out).resolve()))
         for seed in range(1, options.seeds + 1)
         for fault in options.faults
         for arm in dict.fromkeys([CONTROL, *options.arms])

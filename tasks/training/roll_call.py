@@ -47,16 +47,16 @@ class RollCall:
     """One rank's part: tell where it is, and find out who is missing."""
 
     def __init__(self, store: c10d.Store, rank: int, world_size: int) -> None:
-        self._store, self._rank, self._world_size = store, rank, world_size
+        self.rank, self._store, self._world_size = rank, store, world_size
         self._host = socket.gethostname()
-        self._place = (0, "starting")
+        self.place = (0, "starting")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._tell, daemon=True, name="roll call")
         self._thread.start()
 
     def note(self, step: int, stage: str) -> None:
         """Remember where this rank is; costs an assignment."""
-        self._place = (step, stage)
+        self.place = (step, stage)
 
     def end(self) -> None:
         """Say nothing more."""
@@ -81,9 +81,9 @@ class RollCall:
         ]
         # All as far as each other: one stands in the same step at something else than waiting for the rest.
         guilty = guilty or [
-            _describe(sign.rank, sign, is_silent=False) for sign in now.values() if sign.stage != self._place[1]
+            _describe(sign.rank, sign, is_silent=False) for sign in now.values() if sign.stage != self.place[1]
         ]
-        who = "; ".join(guilty) or f"no rank stands out, all are at step {front} ({self._place[1]})"
+        who = "; ".join(guilty) or f"no rank stands out, all are at step {front} ({self.place[1]})"
         return RankHung(f"a rank did not come to a collective in time: {who}")
 
     def signs(self) -> list[Sign]:
@@ -94,10 +94,10 @@ class RollCall:
     def _tell(self) -> None:
         beat = 0
         while True:
-            step, stage = self._place
-            values = {"rank": self._rank, "host": self._host, "step": step, "stage": stage, "beat": beat}
+            step, stage = self.place
+            values = {"rank": self.rank, "host": self._host, "step": step, "stage": stage, "beat": beat}
             try:
-                self._store.set(_key(self._rank), json.dumps(values))
+                self._store.set(_key(self.rank), json.dumps(values))
             except RuntimeError as gone:
                 # The store lives with rank 0; when that is gone, so is the gang.
                 logger.info("the gang's key-value store is gone: %s", gone)

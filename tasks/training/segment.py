@@ -12,7 +12,9 @@ from typing import Any
 import torch.distributed as dist
 
 from cluster.preemption import stop_requested
+from configs.load import config_from_dict
 from tasks.training.await_recovery import await_recovery
+from tasks.training.memory import explain_out_of_memory
 from tasks.training.resume import ResumePoint
 from tasks.training.roll_call import open_roll_call
 from tasks.training.scribe import Scribe
@@ -30,6 +32,7 @@ def train_segment(task: SegmentTask) -> dict[str, Any]:
     :meth:`tasks.training.snapshot_writer.SnapshotWriter.wait` raises for a snapshot that could not be published.
     """
     roll_call = open_roll_call(dist.get_rank(), dist.get_world_size())
+    config = config_from_dict(task.config)
     try:
         worker = Worker(task, roll_call)
         while True:
@@ -40,8 +43,10 @@ def train_segment(task: SegmentTask) -> dict[str, Any]:
                 break
             worker.asked_for, worker.startup_phases = time.time(), {}
     except RuntimeError as error:
-        if hung := roll_call.explain(error):
-            raise hung from error
+        step = roll_call.place[0]
+        explained = roll_call.explain(error) or explain_out_of_memory(error, config, rank=roll_call.rank, step=step)
+        if explained is not None:
+            raise explained from error
         raise
     finally:
         roll_call.end()

@@ -121,7 +121,7 @@ def test_driver_that_dies_between_merge_and_record_decides_the_same(
 
 def test_gangs_that_die_around_a_recovery_are_followed_by_the_same_run(recovered: RunFolder, tmp_path: Path) -> None:
     """One gang dies before the spike, one when the recovered segment has published nothing, one after it has."""
-    run, config = begin(tmp_path / "lost", *NAN_AT_45, "training.max_restarts=1")
+    run, config = begin(tmp_path / "lost", *NAN_AT_45, "training.max_restarts=2")
     deaths = iter([23, None, 47, 58, None])
 
     def mortal(task: Any, config: Config, name: str, on_wait: Callable[[], object]) -> dict[str, Any]:
