@@ -27,11 +27,11 @@ from torch.distributed import HashStore
 from cluster.storage import open_store
 from tasks.checkpoints import writer as writer_module
 from tasks.checkpoints.manifest import LossStatistics
-from tasks.training.share import HostShare
-from tasks.training.snapshot_board import SnapshotBoard
-from tasks.training.snapshot_facts import SnapshotFacts
-from tasks.training.snapshot_flight import Flight, Terms
-from tasks.training.snapshot_writer import SnapshotWriter
+from tasks.training.snapshots.board import SnapshotBoard
+from tasks.training.snapshots.facts import SnapshotFacts
+from tasks.training.snapshots.flight import Flight, Terms
+from tasks.training.snapshots.share import HostShare
+from tasks.training.snapshots.writer import SnapshotWriter
 
 TENSOR_BYTES = 16 << 20
 WARM_SECONDS, QUIET_SECONDS = 1.0, 5.0

@@ -16,8 +16,8 @@ from cluster.errors import GangFailed
 from cluster.storage import Store
 from configs.errors import UserError
 from configs.schema import Config
-from tasks.training.mesh import plan_mesh
 from tasks.training.requests import write_request
+from tasks.training.sharding.mesh import plan_mesh
 
 LOOK_SECONDS = 30.0
 """Between looks for room to grow."""

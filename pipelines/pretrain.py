@@ -31,7 +31,7 @@ from tasks.checkpoints.start_point import StartPoint
 from tasks.data.readable import require_readable
 from tasks.evaluation.held_out import suite_of
 from tasks.merging.schedule import scheduled_rule
-from tasks.training.mesh import plan_mesh
+from tasks.training.sharding.mesh import plan_mesh
 
 TRAINING_SECTIONS = ("seed", "model", "data", "training", "optimizer", "schedule", "snapshots")
 """Sections of a configuration that decide the bytes of its snapshots."""

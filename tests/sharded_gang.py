@@ -25,10 +25,10 @@ from tasks.checkpoints.manifest import LossStatistics, Shard
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.models.build import build_model_config
 from tasks.models.disk_layout import model_buffers
-from tasks.training.rank_state import gather_share, restore_rank
-from tasks.training.sharded_model import ShardedModel, build_sharded_model
-from tasks.training.share import write_share
-from tasks.training.snapshot_facts import SnapshotFacts, commit_snapshot
+from tasks.training.sharding.rank_state import gather_share, restore_rank
+from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model
+from tasks.training.snapshots.facts import SnapshotFacts, commit_snapshot
+from tasks.training.snapshots.share import write_share
 from tests.gloo_ranks import leave_together
 
 ROOT = Path(__file__).parents[1]

@@ -14,11 +14,11 @@ from torch.distributed import HashStore
 from cluster.storage import Store, open_store
 from tasks.checkpoints.manifest import LossStatistics
 from tasks.checkpoints.run_folder import snapshot_key
-from tasks.training.share import HostShare, write_share
-from tasks.training.snapshot_board import SnapshotBoard
-from tasks.training.snapshot_facts import SnapshotFacts, commit_snapshot
-from tasks.training.snapshot_flight import Terms
-from tasks.training.snapshot_writer import SnapshotWriter
+from tasks.training.snapshots.board import SnapshotBoard
+from tasks.training.snapshots.facts import SnapshotFacts, commit_snapshot
+from tasks.training.snapshots.flight import Terms
+from tasks.training.snapshots.share import HostShare, write_share
+from tasks.training.snapshots.writer import SnapshotWriter
 from tests.faulty_store import FaultyStore
 
 WORLD_SIZE = 2

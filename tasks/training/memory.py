@@ -15,7 +15,7 @@ import torch
 from configs.errors import UserError
 from configs.schema import Config
 from tasks.models.build import count_parameters
-from tasks.training.mesh import plan_mesh
+from tasks.training.sharding.mesh import plan_mesh
 
 STATE_BYTES = 16
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")

@@ -19,7 +19,7 @@ from tasks.training.resume import ResumePoint
 from tasks.training.roll_call import open_roll_call
 from tasks.training.scribe import Scribe
 from tasks.training.signals import Signals
-from tasks.training.snapshot import LossWindow, begin_snapshot, open_writer
+from tasks.training.snapshots.take import LossWindow, begin_snapshot, open_writer
 from tasks.training.worker import SegmentTask, Worker
 
 
@@ -29,7 +29,7 @@ def train_segment(task: SegmentTask) -> dict[str, Any]:
     After a spike the ranks stay, if the task says that the driver answers it: once the recovery is on record they go on
     from its start as a further segment, without being started, built and connected anew. Raises
     :class:`tasks.training.roll_call.RankHung` naming the rank that the others waited for in vain, and what
-    :meth:`tasks.training.snapshot_writer.SnapshotWriter.wait` raises for a snapshot that could not be published.
+    :meth:`tasks.training.snapshots.writer.SnapshotWriter.wait` raises for a snapshot that could not be published.
     """
     roll_call = open_roll_call(dist.get_rank(), dist.get_world_size())
     config = config_from_dict(task.config)

@@ -25,12 +25,12 @@ from tasks.data.stream import open_stream
 from tasks.data.tokenizer_files import tokenizer_files
 from tasks.training.drill import corrupt, poison
 from tasks.training.memory import ranks_on_this_host, require_memory
-from tasks.training.rank_state import restore_rank
 from tasks.training.resume import ResumePoint, agree_on_resume_point, read_scalars
 from tasks.training.roll_call import RollCall
 from tasks.training.router_balance import RouterBalance
 from tasks.training.schedule import step_learning_rate
-from tasks.training.sharded_model import ShardedModel, build_sharded_model, select_device
+from tasks.training.sharding.rank_state import restore_rank
+from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model, select_device
 from tasks.training.signals import Signals, share_signals
 from tasks.training.state import build_scalars
 from tasks.training.step_guard import build_guard

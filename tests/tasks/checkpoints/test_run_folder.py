@@ -18,8 +18,8 @@ from configs.merging import MergeConfig
 from configs.schema import Config
 from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest
 from tasks.checkpoints.run_folder import RunFolder, snapshot_key
-from tasks.checkpoints.start_point import StartPoint
 from tasks.checkpoints.safetensors_header import CheckpointError
+from tasks.checkpoints.start_point import StartPoint
 
 CONFIG = Config(name="x")
 START = StartPoint(url="/other/snapshots/step-000000100", digest="d", step=100, tokens_seen=204_800)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tasks.models.disk_layout import pieces_of
-from tasks.training.mesh import MeshPlan
-from tasks.training.ownership import Owned, Parameter, plan_ownership, plan_rounds
+from tasks.training.sharding.mesh import MeshPlan
+from tasks.training.sharding.ownership import Owned, Parameter, plan_ownership, plan_rounds
 
 LAYERS, EXPERTS, WIDTH = 3, 8, 32
 GRIDS = [(1, 1, 1), (1, 4, 1), (1, 4, 4), (1, 8, 2), (2, 2, 2), (3, 4, 2), (4, 1, 1)]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from tasks.checkpoints.manifest import LossStatistics
 from tasks.checkpoints.run_folder import snapshot_key
 from tasks.models.build import build_model_config
-from tasks.training.rank_state import gather_share
 from tasks.training.schedule import phase_at, step_learning_rate
-from tasks.training.snapshot_board import open_board
-from tasks.training.snapshot_facts import SnapshotFacts
-from tasks.training.snapshot_flight import Terms
-from tasks.training.snapshot_writer import SnapshotWriter
+from tasks.training.sharding.rank_state import gather_share
+from tasks.training.snapshots.board import open_board
+from tasks.training.snapshots.facts import SnapshotFacts
+from tasks.training.snapshots.flight import Terms
+from tasks.training.snapshots.writer import SnapshotWriter
 
 if TYPE_CHECKING:
     from tasks.training.worker import Worker
@@ -74,7 +74,7 @@ def begin_snapshot(
     """Collectively take the state of the step just completed and begin to publish it; what this cost the step, as metrics.
 
     Waits for the snapshot before, gathers host copies, and returns: upload and commit go on beside the next steps. Raises,
-    on all ranks or on none, what :meth:`tasks.training.snapshot_writer.SnapshotWriter.wait` does.
+    on all ranks or on none, what :meth:`tasks.training.snapshots.writer.SnapshotWriter.wait` does.
     """
     started = time.perf_counter()
     waited = writer.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from cluster.storage import ObjectWriter, RangeReader, Store
-from tasks.training.upload import Retries
+from tasks.training.snapshots.upload import Retries
 
 
 class PatientStore(Store):

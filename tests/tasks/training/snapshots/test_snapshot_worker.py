@@ -43,7 +43,7 @@ dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, w
 print(json.dumps(train_segment(SegmentTask(**task))), flush=True)
 leave_together(rendezvous, rank, world)
 """
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 WORLD_SIZE = 2
 STEPS = 60
 INTERVAL = 20

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from cluster.storage import Store
-from tasks.training.share import HostShare
-from tasks.training.snapshot_facts import SnapshotFacts
-from tasks.training.snapshot_flight import Flight, Terms
+from tasks.training.snapshots.facts import SnapshotFacts
+from tasks.training.snapshots.flight import Flight, Terms
+from tasks.training.snapshots.share import HostShare
 
 SLOW_SECONDS = 1.0
 """A wait for storage that is worth a warning."""
@@ -56,7 +56,7 @@ class SnapshotWriter:
     def poll(self) -> Mapping[str, float]:
         """Metrics of a snapshot that was committed since the last call, mostly none; microseconds, for every step.
 
-        Says nothing of failures: ranks hear of one up to :data:`tasks.training.snapshot_flight.LAST_LOOK_SECONDS` apart, and a
+        Says nothing of failures: ranks hear of one up to :data:`tasks.training.snapshots.flight.LAST_LOOK_SECONDS` apart, and a
         rank that raised alone would leave the others in a collective. Reduce :attr:`has_failed` over the gang at every step,
         and where any rank had it set let all of them call :meth:`wait`, which raises.
         """
@@ -69,7 +69,7 @@ class SnapshotWriter:
         """Wait until nothing is in flight; seconds that it took.
 
         Every rank returns, or every rank raises: :class:`cluster.errors.StorageError` or one of its kinds,
-        :class:`cluster.errors.LeaseLost`, or :class:`tasks.training.snapshot_flight.SnapshotFailed` for all other causes.
+        :class:`cluster.errors.LeaseLost`, or :class:`tasks.training.snapshots.flight.SnapshotFailed` for all other causes.
         The one exception is a rank that cannot reach the board any more: it raises alone, and its gang has lost it anyway.
         """
         started = time.perf_counter()

@@ -13,8 +13,8 @@ import pytest
 
 from cluster.errors import LeaseLost, ObjectExists, ObjectMissing, StorageDenied, StorageError, StorageFull
 from cluster.storage import Store, open_store
-from tasks.training.patient_store import PatientStore
-from tasks.training.upload import PAUSES_SECONDS, Abandoned, Retries
+from tasks.training.snapshots.patient_store import PatientStore
+from tasks.training.snapshots.upload import PAUSES_SECONDS, Abandoned, Retries
 from tests.faulty_store import FaultyStore
 
 

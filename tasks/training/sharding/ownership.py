@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tasks.models.disk_layout import Piece, pieces_of
-from tasks.training.mesh import MeshPlan
+from tasks.training.sharding.mesh import MeshPlan
 
 Item = TypeVar("Item")
 

@@ -24,9 +24,9 @@ import sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from cluster.storage import open_store
-from tasks.training.snapshot_board import open_board
-from tasks.training.snapshot_flight import Terms
-from tasks.training.snapshot_writer import SnapshotWriter
+from tasks.training.snapshots.board import open_board
+from tasks.training.snapshots.flight import Terms
+from tasks.training.snapshots.writer import SnapshotWriter
 from tests.faulty_store import FaultyStore, Sometimes
 from tests.gloo_ranks import leave_together
 from tests.snapshot_parts import WORLD_SIZE, facts_at, lease_in_force, share_of
@@ -67,7 +67,7 @@ except Exception as error:
 dist.barrier()
 leave_together(rendezvous, rank, WORLD_SIZE)
 """
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PATIENCE_SECONDS = 120
 StartGang = Callable[[str, str], list[subprocess.Popen[str]]]
 

@@ -18,7 +18,7 @@ from cluster.storage import open_store
 from tasks.checkpoints.manifest import read_manifest
 from tasks.checkpoints.run_folder import RunFolder, snapshot_key
 from tasks.merging.verify import verify_checkpoint
-from tasks.training.share import HostShare
+from tasks.training.snapshots.share import HostShare
 from tests.faulty_proxy import faulty_proxy, seeded_faults
 from tests.faulty_store import Sometimes
 from tests.snapshot_parts import (

@@ -13,11 +13,11 @@ from torch.distributed import HashStore
 from cluster.errors import LeaseLost, StorageDenied, StorageError, StorageFull
 from cluster.storage import open_store
 from tasks.checkpoints.run_folder import RunFolder, snapshot_key
-from tasks.training import snapshot_flight
-from tasks.training.share import HostShare
-from tasks.training.snapshot_board import Outcome, SnapshotBoard
-from tasks.training.snapshot_flight import SnapshotFailed, Terms
-from tasks.training.snapshot_writer import SnapshotWriter
+from tasks.training.snapshots import flight as snapshot_flight
+from tasks.training.snapshots.board import Outcome, SnapshotBoard
+from tasks.training.snapshots.flight import SnapshotFailed, Terms
+from tasks.training.snapshots.share import HostShare
+from tasks.training.snapshots.writer import SnapshotWriter
 from tests.snapshot_parts import (
     PATIENCE_SECONDS,
     Gang,

@@ -11,7 +11,7 @@ import torch
 from configs.errors import ConfigError
 from tasks.models.build import build_model
 from tasks.models.disk_layout import model_buffers, model_parameters
-from tasks.training.mesh import plan_mesh
+from tasks.training.sharding.mesh import plan_mesh
 from tests.sharded_gang import LEARNING_RATE, MAX_NORM, Case, batch_of, case_config, loss_of, run_gang
 
 # Gangs take a minute or two of two idle cores, and several where other tests run beside them.

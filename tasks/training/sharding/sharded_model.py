@@ -1,6 +1,6 @@
 """The network on the gang's mesh, its float32 masters, and AdamW on this rank's slices.
 
-Parameters stay float32 and sharded on dimension 0 (:mod:`tasks.training.mesh`); forward and backward run in the
+Parameters stay float32 and sharded on dimension 0 (:mod:`tasks.training.sharding.mesh`); forward and backward run in the
 compute dtype, gradients are reduced in float32. The optimizer works on the plain local tensors behind the DTensors,
 which skips the per-operation cost of DTensor dispatch and leaves moments in the same slices.
 """
@@ -23,9 +23,9 @@ from configs.fields import require
 from configs.schema import Config
 from configs.training import OptimizerConfig
 from tasks.models.disk_layout import model_parameters
-from tasks.training.expert_parallel import ParallelExperts, distribute_experts
-from tasks.training.materialise import build_on_meta, materialise
-from tasks.training.mesh import MeshPlan, plan_mesh
+from tasks.training.sharding.expert_parallel import ParallelExperts, distribute_experts
+from tasks.training.sharding.materialise import build_on_meta, materialise
+from tasks.training.sharding.mesh import MeshPlan, plan_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def build_sharded_model(config: Config, rank: int, world_size: int) -> ShardedMo
     """Build, shard and wrap the network; initial weights depend on the seed alone. Collective.
 
     No rank ever holds more than one layer, the embedding and the head besides its own slices. Raises
-    :class:`configs.errors.ConfigError` where :func:`tasks.training.mesh.plan_mesh` does.
+    :class:`configs.errors.ConfigError` where :func:`tasks.training.sharding.mesh.plan_mesh` does.
     """
     plan, device = plan_mesh(config, world_size), select_device(config)
     mesh = init_device_mesh(device.type, (plan.replicas, plan.shards), mesh_dim_names=("replica", "shard"))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import ConfigError
-from tasks.training.sharded_model import ShardedModel, build_sharded_model
+from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model
 from tests.sharded_gang import Case, batch_of, case_config, loss_of
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tasks.models.build import build_model
-from tasks.training.materialise import build_on_meta, materialise
+from tasks.training.sharding.materialise import build_on_meta, materialise
 from tests.sharded_gang import FAMILIES, Case, case_config
 
 CPU = torch.device("cpu")

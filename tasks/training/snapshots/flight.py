@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from cluster.errors import LeaseLost, StorageDenied, StorageError, StorageFull
 from cluster.storage import Store
 from tasks.checkpoints.manifest import Shard
-from tasks.training.patient_store import PatientStore
-from tasks.training.share import HostShare, ShareObject, share_objects, write_object
-from tasks.training.snapshot_board import Outcome, RankReport, SnapshotBoard
-from tasks.training.snapshot_facts import SnapshotFacts, commit_snapshot
-from tasks.training.upload import PAUSES_SECONDS, Abandoned, Retries
+from tasks.training.snapshots.board import Outcome, RankReport, SnapshotBoard
+from tasks.training.snapshots.facts import SnapshotFacts, commit_snapshot
+from tasks.training.snapshots.patient_store import PatientStore
+from tasks.training.snapshots.share import HostShare, ShareObject, share_objects, write_object
+from tasks.training.snapshots.upload import PAUSES_SECONDS, Abandoned, Retries
 
 PATIENCE_SECONDS = 1800.0
 """How long a rank that is done waits for the slowest; a gang that lost a rank is ended sooner, by who started it."""

@@ -8,7 +8,7 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.training import SnapshotConfig
-from tasks.training.snapshot import LossWindow
+from tasks.training.snapshots.take import LossWindow
 
 LOSSES = [3.0, 2.5, math.nan, 2.75, 2.0, math.inf, 1.5]
 NORMS = [1.0, 2.0, 3.0, 0.5, math.nan, 1.0, 4.0]

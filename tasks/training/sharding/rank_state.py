@@ -1,6 +1,6 @@
 """Move one rank's share of the training state to and from a snapshot.
 
-Every tensor of the disk layout has one owner among the ranks (:mod:`tasks.training.ownership`). To write, each replica
+Every tensor of the disk layout has one owner among the ranks (:mod:`tasks.training.sharding.ownership`). To write, each replica
 sends the rows of its tensors to their owners, many tensors in one exchange; experts stay where they are, and no rank
 ever holds the whole model. To read, each rank fetches only the byte ranges of the rows it holds, so the world size and
 the mesh may change.
@@ -17,10 +17,10 @@ from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.safetensors_header import CheckpointError
 from tasks.models.disk_layout import model_buffers
 from tasks.models.weights import require_census
-from tasks.training.ownership import Owned, Parameter, plan_ownership, plan_rounds
-from tasks.training.sharded_model import RankSlice, ShardedModel
-from tasks.training.share import HostShare
-from tasks.training.slice_reads import plan_reads, run_reads
+from tasks.training.sharding.ownership import Owned, Parameter, plan_ownership, plan_rounds
+from tasks.training.sharding.sharded_model import RankSlice, ShardedModel
+from tasks.training.sharding.slice_reads import plan_reads, run_reads
+from tasks.training.snapshots.share import HostShare
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ROUND_BYTES = 256 << 20

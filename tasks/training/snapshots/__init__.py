@@ -1,0 +1,1 @@
+"""Publishing a snapshot beside the next steps."""
