@@ -77,6 +77,7 @@ class Case:
             "training.num_workers=1",
             f"anneal.tokens={batch}",
             "evaluation.slice_tokens=8192",
+            "data.held_out_fraction=0.2",
         )
         sources = (f"data.sources=[{self.folder}/text]",) if setting.is_easy_text else ()
         return load_config("tiny", (*SHORT, *overrides, *length, *sources, *ARMS[self.arm])).config

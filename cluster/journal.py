@@ -45,6 +45,8 @@ class JournalWriter:
         self.segment = segment
         self._lines: list[str] = []
         self._first_step = 0
+        self._flushed_step = -1
+        self._flushes_of_step = 0
         self._started_at = self._flushed_at = time.monotonic()
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
@@ -59,14 +61,22 @@ class JournalWriter:
     def flush(self) -> None:
         """Write what is buffered as one new object."""
         if self._lines:
-            self.store.create(journal_key(self.segment, self._first_step), ("\n".join(self._lines) + "\n").encode())
+            again = 0
+            if self._first_step == self._flushed_step:
+                self._flushes_of_step += 1
+                again = self._flushes_of_step
+            else:
+                self._flushes_of_step = 0
+            key = journal_key(self.segment, self._first_step, again)
+            self.store.create(key, ("\n".join(self._lines) + "\n").encode())
+            self._flushed_step = self._first_step
         self._lines = []
         self._flushed_at = time.monotonic()
 
 
-def journal_key(segment: int, first_step: int) -> str:
-    """Key of the journal object of ``segment`` that starts with ``first_step``."""
-    return f"{FOLDER}/{segment:04d}-{first_step:09d}.jsonl"
+def journal_key(segment: int, first_step: int, again: int = 0) -> str:
+    """Key of the journal object of ``segment`` that starts with ``first_step``; ``again`` counts those that start alike."""
+    return f"{FOLDER}/{segment:04d}-{first_step:09d}{f'-{again}' if again else ''}.jsonl"
 
 
 def journal_keys(store: Store) -> list[str]:

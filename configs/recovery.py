@@ -70,7 +70,7 @@ class RecoveryConfig:
     confirm_tokens: int | None = execution(None)
     """Tokens beyond the alarm after which a recovery has held; null: twice snapshots.interval_tokens."""
     learning_rate_factor: float = execution(0.5)
-    """Factor on the learning rate from the second try at a spike on, once per try, until the end of the run."""
+    """Factor on the learning rate, to the end of the run, at every further try at a spike and at one soon after it."""
     max_attempts: int = execution(3)
     """Tries at one spike before the run stops; each goes back further, and ``pma`` merges two snapshots more."""
     max_recoveries: int = execution(10)

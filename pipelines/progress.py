@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TextIO
 
 from cluster.journal import Measurement, journal_keys, read_journal_object
@@ -16,6 +17,7 @@ from tasks.checkpoints.run_folder import RunFolder
 LIVE_SECONDS = 1.0
 LOG_SECONDS = 15.0
 CLEAR_LINE = "\r\x1b[2K"
+SPEED = "train/tokens_per_second"
 
 
 class Progress:
@@ -53,7 +55,7 @@ class Progress:
         if last is None:
             parts.append("starting workers")
         else:
-            speed = last.metrics.get("train/tokens_per_second", 0.0)
+            speed = last.metrics.get(SPEED, 0.0)
             left = (total - last.tokens) / speed if speed else 0.0
             parts += [
                 f"step {last.step:,}/{self.config.training.total_steps:,}",
@@ -82,9 +84,10 @@ class Progress:
     def _read_newest(self) -> None:
         keys = journal_keys(self.run.store)
         if keys and keys[-1] != self._seen_key:
-            rows = read_journal_object(self.run.store, keys[-1])
-            speeds = sorted(row.metrics["train/tokens_per_second"] for row in rows)
-            # The median of the batch: single steps jump.
-            metrics = {**rows[-1].metrics, "train/tokens_per_second": speeds[len(speeds) // 2]}
-            self._last = Measurement(step=rows[-1].step, tokens=rows[-1].tokens, time=rows[-1].time, metrics=metrics)
+            # A segment's last words are about its last snapshot, not about a step.
+            rows = [row for row in read_journal_object(self.run.store, keys[-1]) if SPEED in row.metrics]
             self._seen_key = keys[-1]
+            if rows:
+                speeds = sorted(row.metrics[SPEED] for row in rows)
+                # The median of the batch: single steps jump.
+                self._last = replace(rows[-1], metrics={**rows[-1].metrics, SPEED: speeds[len(speeds) // 2]})

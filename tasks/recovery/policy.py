@@ -1,8 +1,8 @@
 """What to do about a spike: which snapshots to go back to, and how to train on; a pure function of what is on record.
 
 The first try at a spike goes back to before its onset. Each further try at the same spike goes one snapshot interval
-further back, ``pma`` merges two snapshots more, and the learning rate is lowered. A spike is the same one until training
-has passed the recovery's ``confirm_step``.
+further back and ``pma`` merges two snapshots more. A spike is the same one until training has passed the recovery's
+``confirm_step``. Whether the same or another, a spike that soon after the last lowers the learning rate.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from tasks.recovery.rule import Alarm, SpikeRule
 
 MORE_PER_ATTEMPT = 2
 """Snapshots by which a window grows with every further try."""
+RELAPSE_WINDOWS = 10
+"""Confirmation windows after an alarm within which the next spike is taken for a relapse: the learning rate is lowered."""
 BY_HAND = "by hand"
 
 
@@ -143,6 +145,7 @@ def plan_recovery(
             f"{_tried(history)}. {_advice(config)}"
         )
     scale = last.learning_rate_scale if last else 1.0
+    is_relapse = last is not None and alarm.onset_step - last.alarm_step <= RELAPSE_WINDOWS * _confirm_steps(config)
     return _assemble(
         config,
         alarm,
@@ -153,7 +156,7 @@ def plan_recovery(
         incident=again.incident if again else (last.incident if last else 0) + 1,
         wish=Wish(
             moments=rule.moments if rule.policy == "pma" else "newest",
-            learning_rate_scale=scale * rule.learning_rate_factor if attempt > 1 else scale,
+            learning_rate_scale=scale * rule.learning_rate_factor if is_relapse else scale,
             rewarm_tokens=_or(rule.rewarm_tokens, config.snapshots.interval_tokens // 2) * attempt
             if rule.policy == "pma"
             else 0,
@@ -202,8 +205,6 @@ def _assemble(
     incident: int,
     wish: Wish,
 ) -> RecoveryPlan[Found]:
-    batch = config.training.batch_tokens
-    confirm_tokens = _or(config.recovery.confirm_tokens, 2 * config.snapshots.interval_tokens)
     assert wish.moments and wish.learning_rate_scale is not None and wish.rewarm_tokens is not None
     skips = history[-1].skips if history else ()
     if wish.skip_data:
@@ -222,7 +223,7 @@ def _assemble(
         learning_rate_scale=wish.learning_rate_scale,
         rewarm_tokens=wish.rewarm_tokens,
         skips=skips,
-        confirm_step=alarm.alarm_step + -(-confirm_tokens // batch),
+        confirm_step=alarm.alarm_step + _confirm_steps(config),
     )
 
 
@@ -279,6 +280,11 @@ def _advice(config: Config) -> str:
         f"(recovery.max_attempts={config.recovery.max_attempts + 2}) and run the same command again, or look for the cause: "
         "learning rate, data, a faulty machine"
     )
+
+
+def _confirm_steps(config: Config) -> int:
+    tokens = _or(config.recovery.confirm_tokens, 2 * config.snapshots.interval_tokens)
+    return -(-tokens // config.training.batch_tokens)
 
 
 def _margin_tokens(config: Config) -> int:

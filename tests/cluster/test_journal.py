@@ -57,6 +57,26 @@ def test_journal_nonfinite_values_are_kept(store: Store) -> None:
     assert (metrics["inf"], metrics["minus"]) == (math.inf, -math.inf)
 
 
+def test_journal_says_more_of_a_step_that_was_flushed(store: Store) -> None:
+    writer = JournalWriter(store, 1)
+    for number in range(4):
+        writer.log(7, 70, {f"snapshot/{number}": float(number)})
+        writer.flush()
+    later = JournalWriter(store, 2)
+    later.log(7, 70, {"train/loss": 1.0})
+    later.log(8, 80, {"train/loss": 2.0})
+    later.flush()
+    assert len(journal_keys(store)) == 5
+    # All that one segment said of a step; the latest segment's word stands for those before.
+    assert [(row.step, row.metrics) for row in read_journal(store)] == [
+        (7, {"train/loss": 1.0}),
+        (8, {"train/loss": 2.0}),
+    ]
+    for key in journal_keys(store)[4:]:
+        store.delete(key)
+    assert [row.metrics for row in read_journal(store)] == [{f"snapshot/{n}": float(n) for n in range(4)}]
+
+
 def test_journal_flush_writes_a_new_object_each_time(store: Store) -> None:
     writer = JournalWriter(store, 2)
     for step in (7, 8):

@@ -106,8 +106,17 @@ def test_spike_after_confirmation_is_a_new_one_and_keeps_the_learning_rate() -> 
     first = replace(
         recorded(plan_recovery(config, alarm_at(410, 460), placed(*range(50, 500, 50)), [])), learning_rate_scale=0.5
     )
-    plan = plan_recovery(config, alarm_at(900, 940), placed(*range(50, 950, 50)), [first])
+    plan = plan_recovery(config, alarm_at(1900, 1940), placed(*range(50, 1950, 50)), [first])
     assert (plan.incident, plan.attempt, plan.learning_rate_scale) == (2, 1, 0.5)
+
+
+@pytest.mark.parametrize(("onset", "scale"), [(1460, 0.5), (1461, 1.0)])
+def test_spike_soon_after_the_last_lowers_the_learning_rate(onset: int, scale: float) -> None:
+    """Ten confirmation windows of 100 steps after the alarm at 460."""
+    config = config_with()
+    first = recorded(plan_recovery(config, alarm_at(410, 460), placed(*range(50, 500, 50)), []))
+    plan = plan_recovery(config, alarm_at(onset, onset + 40), placed(*range(50, 1500, 50)), [first])
+    assert (plan.incident, plan.attempt, plan.learning_rate_scale) == (2, 1, scale)
 
 
 @pytest.mark.parametrize(
