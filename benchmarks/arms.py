@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provoke import SETTINGS, SHORT, write_sums
+from benchmarks.provoke import SETTINGS, SHORT, SMALL, write_sums
 from configs.load import load_config
 from configs.schema import Config
 from tasks.checkpoints.run_folder import RunFolder
@@ -69,7 +69,12 @@ class Case:
         is_control = self.arm == CONTROL
         setting = SETTINGS[CONTROLS.get(self.fault, self.fault) if is_control else self.fault]
         overrides = tuple(item for item in setting.overrides if not (is_control and item.startswith("drill.")))
-        batch = 1024 if self.fault == "learning-rate" else 2048
+        if not setting.is_easy_text:
+            # A quarter of the work of tiny; half the sequences a batch, so the poisoned ones are half as far along.
+            overrides = (*overrides, *SMALL)
+        if self.fault == "poison" and not is_control:
+            overrides = (*overrides, "drill.poison_start_sequence=1600", "drill.poison_sequences=256")
+        batch = 1024
         length = (
             f"training.total_tokens={setting.num_steps * batch}",
             f"snapshots.interval_tokens={SNAPSHOT_STEPS[self.fault] * batch}",

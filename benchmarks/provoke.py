@@ -28,11 +28,12 @@ from configs.schema import Config
 from tasks.data.batches import num_windows, read_windows, window_indices
 from tasks.data.corpus import read_corpus
 from tasks.models.build import build_model
+from tasks.models.routers import watch_routers
 from tasks.recovery.detector import find_spike
 from tasks.recovery.policy import rule_of
 from tasks.recovery.rule import Point
 from tasks.training.drill import corrupt, is_corruption_due, poison
-from tasks.training.router_health import load_balance_loss
+from tasks.training.router_health import balance_loss
 from tasks.training.schedule import step_learning_rate
 from tasks.training.step_guard import build_guard
 
@@ -174,7 +175,7 @@ def train(config: Config, num_steps: int) -> Trained:
     corpus = read_corpus(config.data, "train").tokens
     network = build_model(model, training.sequence_length, seed=config.seed)
     optimizer = build_optimizer(network, config)
-    guard, points = build_guard(config.optimizer), list[Point]()
+    guard, points, watch = build_guard(config.optimizer), list[Point](), watch_routers(network)
     num_refused = num_clipped = 0
     started = time.perf_counter()
     for step in range(num_steps):
@@ -182,7 +183,8 @@ def train(config: Config, num_steps: int) -> Trained:
             corrupt_half(network, optimizer, config)
         outputs = network(input_ids=(tokens_BS1 := read_batch(corpus, config, step))[:, :-1], use_cache=False)
         loss = torch.nn.functional.cross_entropy(outputs.logits.float().flatten(0, 1), tokens_BS1[:, 1:].flatten())
-        balance = load_balance_loss(outputs.router_logits, model.num_experts_per_token) if model.is_moe else 0.0
+        readings = watch.take()
+        balance = balance_loss(readings, num_sequences=len(tokens_BS1)) if readings else 0.0
         torch.autograd.backward(loss + model.router_loss_coefficient * balance)
         norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
         measured = float(loss.detach())

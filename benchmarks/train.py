@@ -121,6 +121,8 @@ def train_bare(config: Config, rank: int, steps: int) -> float:
         for layer in network.model.layers:
             fully_shard(layer)
     fully_shard(network)
+    # transformers' own load-balance loss, as a plain loop has it.
+    network.config.output_router_logits = config.model.is_moe
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.schedule.peak_learning_rate, betas=(0.9, 0.95))
     draws = np.random.default_rng(rank)
     share = training.batch_sequences // WORLD_SIZE

@@ -64,7 +64,8 @@ def _family_shape(model: ModelConfig) -> dict[str, Any]:
     shape: dict[str, Any] = {"num_experts_per_tok": model.num_experts_per_token}
     if model.family == "deepseek_v3":
         return shape | _deepseek_shape(model)
-    shape |= {"output_router_logits": True, "router_aux_loss_coef": model.router_loss_coefficient}
+    # Training balances routers itself, per layer (tasks.training.router_balance), and needs no logits for it.
+    shape |= {"output_router_logits": False, "router_aux_loss_coef": model.router_loss_coefficient}
     match model.family:
         case "qwen3_moe":
             shape |= {

@@ -71,26 +71,6 @@ def _count(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
     return zeros.scatter_add_(-1, chosen, torch.ones(chosen.shape, device=chosen.device))
 
 
-def expert_counts(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Tokens routed to each expert, float32 ``[E]``, from logits ``[T, E]``."""
-    chosen_TK = router_logits.topk(top_k, dim=-1).indices
-    return torch.bincount(chosen_TK.flatten(), minlength=router_logits.shape[-1]).float()
-
-
-def load_balance_loss(router_logits: Sequence[torch.Tensor], top_k: int) -> torch.Tensor:
-    """Mean over layers of E * sum_e load_e * probability_e (Switch Transformer, arXiv 2101.03961, Eq. 4-6).
-
-    ``router_logits`` holds ``[T, E]`` per layer. Loads are shares of the K*T assignments, so a
-    balanced layer scores 1 and a collapsed one up to E. Differentiable through the probabilities.
-    """
-    losses = []
-    for logits_TE in router_logits:
-        load_E = expert_counts(logits_TE.detach(), top_k) / (logits_TE.shape[0] * top_k)
-        probability_E = logits_TE.float().softmax(dim=-1).mean(dim=0)
-        losses.append(logits_TE.shape[-1] * (load_E * probability_E).sum())
-    return torch.stack(losses).mean()
-
-
 def router_metrics(counts_LE: torch.Tensor, layers: Sequence[int] | None = None) -> dict[str, float]:
     """Health of each layer from its global counts ``[L, E]``; ``layers`` are their numbers, 0 to L-1 if not given.
 

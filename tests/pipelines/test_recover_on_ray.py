@@ -45,7 +45,7 @@ def test_spent_budget_ends_with_what_was_tried_and_again_at_once(
     pma: Callable[..., Any], small: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Poisoned data that a plain rollback meets again and again."""
-    drill = ("drill.poison=random-tokens", "drill.poison_start_sequence=3200", "drill.poison_sequences=3200")
+    drill = ("drill.poison=random-tokens", "drill.poison_start_sequence=3200", "drill.poison_sequences=480")
     policy = ("recovery.policy=rollback", "recovery.max_attempts=2")
     answer = pretrain(pma, tmp_path, small, *drill, *policy)
     assert answer.code == 1

@@ -11,9 +11,7 @@ import torch
 from tasks.models.routers import RouterReading, watch_routers
 from tasks.training.router_health import (
     balance_loss,
-    expert_counts,
     layer_counts,
-    load_balance_loss,
     router_metrics,
 )
 from tests.tasks.models.families import MIXTURES, SEQUENCE_LENGTH, build_trained_like, random_tokens
@@ -234,71 +232,11 @@ def test_balance_loss_of_a_network_descends_to_balance(name: str) -> None:
     assert losses[-1] - 1 < 0.7 * (losses[0] - 1)
 
 
-# Counts
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3, E])
-def test_expert_counts_equal_the_oracle(top_k: int) -> None:
-    logits = random_logits(1)
-    counts = expert_counts(logits, top_k)
-    assert counts.dtype == torch.float32
-    assert counts.tolist() == oracle_counts(logits, top_k)
-    assert counts.sum() == T * top_k
-
-
-def test_expert_counts_unused_experts_are_zero_not_missing() -> None:
-    assert expert_counts(collapsed_on(0), 1).tolist() == [T] + [0] * (E - 1)
-
-
-# The loss
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_load_balance_loss_equals_the_oracle(top_k: int) -> None:
-    layers = [random_logits(seed, scale) for seed, scale in ((1, 0.1), (2, 1.0), (3, 5.0))]
-    assert float(load_balance_loss(layers, top_k)) == pytest.approx(oracle_loss(layers, top_k), rel=TOLERANCE)
-
-
-def test_load_balance_loss_balanced_layer_is_one() -> None:
-    assert float(load_balance_loss([balanced()], K)) == pytest.approx(1.0, rel=TOLERANCE)
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_load_balance_loss_collapsed_layer_is_experts_over_top_k(top_k: int) -> None:
-    # All probability on one expert, which takes one of K assignments.
-    assert float(load_balance_loss([collapsed_on(3)], top_k)) == pytest.approx(E / top_k, rel=TOLERANCE)
-
-
-def test_load_balance_loss_layers_collapsed_on_different_experts_show() -> None:
-    # Pooled over layers, as transformers does it, these eight layers look perfectly balanced.
-    layers = [collapsed_on(expert) for expert in range(E)]
-    assert oracle_loss([torch.cat(layers)], 1) == pytest.approx(1.0, rel=TOLERANCE)
-    assert float(load_balance_loss(layers, 1)) == pytest.approx(E, rel=TOLERANCE)
-
-
-def test_load_balance_loss_one_collapsed_layer_of_two_shows() -> None:
-    assert (
-        float(load_balance_loss([balanced(), collapsed_on(0)], 1)) > float(load_balance_loss([balanced()] * 2, 1)) + 1
-    )
-
-
-def test_load_balance_loss_gradient_pushes_away_from_the_busy_expert() -> None:
-    logits = collapsed_on(3, strength=2.0).requires_grad_()
-    load_balance_loss([logits], 1).backward()
-    assert logits.grad is not None
-    descent_E = -logits.grad.sum(dim=0)
-    assert descent_E[3] < 0
-    assert (descent_E[[0, 1, 2, 4, 5, 6, 7]] > 0).all()
-
-
-def test_load_balance_loss_low_precision_logits_are_summed_in_float32() -> None:
-    logits = random_logits(4)
-    loss = load_balance_loss([logits.bfloat16()], K)
+def test_balance_loss_low_precision_logits_are_summed_in_float32() -> None:
+    logits = random_logits(4).bfloat16()
+    loss = balance_loss([reading(logits, K)], num_sequences=1)
     assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(oracle_loss([logits.bfloat16()], K), rel=TOLERANCE)
-
-
-# Metrics
+    assert float(loss) == pytest.approx(oracle_loss([logits], K), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("counts", [[5, 3, 2, 6], [1, 1, 1, 97], [10, 0, 0, 0], [1000, 1, 999, 2]])
