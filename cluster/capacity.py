@@ -33,7 +33,7 @@ def require_cpus(num_cpus: int, purpose: str, nodes: str | None = None) -> None:
     has, lost = _slots(nodes)
     if has >= num_cpus:
         return
-    if _has_autoscaler():
+    if has_autoscaler():
         logger.warning("%s: %d CPUs needed, %d there now; waiting for the autoscaler", purpose, num_cpus, has)
         return
     if lost:
@@ -60,8 +60,32 @@ def require_cpus(num_cpus: int, purpose: str, nodes: str | None = None) -> None:
     raise UserError(f"{message}; add nodes, or ask for less (training.num_workers=..., merge.num_workers=...)")
 
 
-def answering_slots(nodes: str | None = None) -> int:
-    """Slots of one CPU on the nodes (of the label ``nodes``) that answer within :data:`ANSWER_SECONDS`.
+def count_gpus() -> int:
+    """GPUs of the cluster, whoever uses them now."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0.0))
+
+
+def require_gpus(count: int) -> None:
+    """Check that the cluster has ``count`` GPUs; waits :data:`RETURN_SECONDS` for nodes that were lost or are yet to come.
+
+    Raises :class:`UserError`, unless an autoscaler may bring more.
+    """
+    ends_at = time.monotonic() + RETURN_SECONDS
+    while (has := count_gpus()) < count and not has_autoscaler():
+        if time.monotonic() > ends_at:
+            raise UserError(
+                f"training.num_workers={count} needs as many GPUs, the cluster has {has}; add nodes, ask for fewer workers "
+                "(or allow fewer with training.min_workers), or set training.device=cpu"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def answering_slots(nodes: str | None = None, *, with_gpus: bool = False) -> int:
+    """Slots of one CPU (and, with ``with_gpus``, one GPU) on the nodes of the label ``nodes`` that answer in time.
+
+    They have :data:`ANSWER_SECONDS`.
 
     Ray takes tens of seconds to strike off a node that is gone; a task that is sent there says so at once.
     """
@@ -83,7 +107,8 @@ def answering_slots(nodes: str | None = None) -> int:
     for reference in answered:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(reference)
-            slots += math.floor(asked[reference]["Resources"]["CPU"])
+            has = asked[reference]["Resources"]
+            slots += math.floor(min(has["CPU"], has.get("GPU", 0.0)) if with_gpus else has["CPU"])
     return slots
 
 
@@ -103,7 +128,8 @@ def _slots(label: str | None) -> tuple[int, int]:
     return total - (1 if is_fraction_held and total else 0), lost
 
 
-def _has_autoscaler() -> bool:
+def has_autoscaler() -> bool:
+    """Whether more nodes come once Ray asks for them."""
     from ray.autoscaler.v2.utils import is_autoscaler_v2
 
     return bool(is_autoscaler_v2())

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from cluster.capacity import answering_slots
+from cluster.capacity import answering_slots, count_gpus, has_autoscaler, require_gpus
 from cluster.errors import GangFailed
 from cluster.storage import Store
 from configs.errors import UserError
@@ -27,25 +27,38 @@ POLL_SECONDS = 2.0
 logger = logging.getLogger(__name__)
 
 
-def choose_size(config: Config) -> int:
+def wants_gpus(config: Config) -> bool:
+    """Whether gangs of ``config`` take a GPU a rank: if asked for, or by themselves where the cluster has any.
+
+    Any, not enough: a run that lost a node waits for it, or goes on with fewer GPUs, and never falls back to CPUs.
+    """
+    return config.training.device == "cuda" or (config.training.device == "auto" and count_gpus() > 0)
+
+
+def choose_size(config: Config, *, with_gpus: bool) -> int:
     """Workers for the next gang on the cluster as it is now.
 
     Raises :class:`cluster.errors.GangFailed` if there is no room for ``training.min_workers`` after a while.
     """
     wanted, least = config.training.num_workers, config.training.min_workers
     if least is None:
+        if with_gpus:
+            require_gpus(wanted)
         return wanted
     ends_at = time.monotonic() + SETTLE_SECONDS
     while True:
-        slots = answering_slots(config.cluster.train_nodes)
+        slots = answering_slots(config.cluster.train_nodes, with_gpus=with_gpus)
         size = largest_size(config, slots)
         if size is not None:
             if size < wanted:
-                logger.warning("the cluster has %d CPUs: training with %d of %d workers", slots, size, wanted)
+                logger.warning("the cluster has room for %d ranks: training with %d of %d workers", slots, size, wanted)
             return size
+        if has_autoscaler():
+            # Ray asks for nodes only once a gang waits for them.
+            return wanted
         if time.monotonic() > ends_at:
             raise GangFailed(
-                f"the cluster has {slots} CPUs, training.min_workers={least} asks for more; add nodes and run the same "
+                f"the cluster has room for {slots} ranks, training.min_workers={least} asks for more; add nodes and run the same "
                 "command again to continue"
             )
         time.sleep(POLL_SECONDS)

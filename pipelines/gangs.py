@@ -7,8 +7,10 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from cluster.capacity import answering_slots
 from cluster.errors import GangFailed, LeaseHeld, LeaseLost, StorageError
 from cluster.gang import GangSize, WorkerLost, run_gang
 from cluster.journal import write_event
@@ -17,7 +19,7 @@ from cluster.storage import open_store
 from configs.errors import UserError
 from configs.load import config_to_dict
 from configs.schema import Config
-from pipelines.elastic import GrowthWatch, choose_size
+from pipelines.elastic import GrowthWatch, choose_size, wants_gpus
 from pipelines.merge import RunTasks
 from pipelines.recover import SpikeAnswers, answer_spike, unanswered_alarm
 from pipelines.scheduled import on_ray
@@ -141,16 +143,18 @@ def _segment_task(run: RunFolder, config: Config, lease: Lease, means: Means, *,
 
 
 def _on_ray(task: Any, config: Config, name: str, on_wait: Callable[[], object]) -> dict[str, Any]:
-    size = choose_size(config)
+    with_gpus = wants_gpus(config)
+    size = choose_size(config, with_gpus=with_gpus)
     store = open_store(task.run_url)
-    growth = GrowthWatch(config, store, task.request_key, size)
+    slots = partial(answering_slots, with_gpus=with_gpus)
+    growth = GrowthWatch(config, store, task.request_key, size, slots=slots)
     try:
         return run_gang(
             _train_segment,
             task,
             GangSize(
                 num_workers=size,
-                with_gpus=config.training.device == "cuda",
+                with_gpus=with_gpus,
                 nodes=config.cluster.train_nodes,
                 collective_timeout_seconds=config.training.collective_timeout_seconds,
             ),

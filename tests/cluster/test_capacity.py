@@ -17,7 +17,7 @@ def in_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(capacity, "RETURN_SECONDS", 0.3)
     monkeypatch.setattr(capacity, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(capacity, "_has_autoscaler", lambda: False)
+    monkeypatch.setattr(capacity, "has_autoscaler", lambda: False)
 
 
 def see(monkeypatch: pytest.MonkeyPatch, *looks: tuple[int, int]) -> None:
@@ -50,7 +50,17 @@ def test_lost_nodes_that_do_not_come_back_fail_the_gang(monkeypatch: pytest.Monk
 
 def test_autoscaler_is_left_to_bring_nodes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     see(monkeypatch, (0, 0))
-    monkeypatch.setattr(capacity, "_has_autoscaler", lambda: True)
+    monkeypatch.setattr(capacity, "has_autoscaler", lambda: True)
     with caplog.at_level(logging.WARNING):
         capacity.require_cpus(4, "training")
     assert "waiting for the autoscaler" in caplog.text
+
+
+def test_gpus_are_waited_for_and_then_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [0, 1, 2]
+    monkeypatch.setattr(capacity, "count_gpus", lambda: counts.pop(0) if len(counts) > 1 else counts[0])
+    capacity.require_gpus(2)
+    with pytest.raises(UserError, match=r"training.num_workers=4 needs as many GPUs, the cluster has 2; .*device=cpu"):
+        capacity.require_gpus(4)
+    monkeypatch.setattr(capacity, "has_autoscaler", lambda: True)
+    capacity.require_gpus(4)

@@ -148,7 +148,9 @@ def select_device(config: Config) -> torch.device:
     Raises :class:`configs.errors.ConfigError` if CUDA is asked for and this worker sees none.
     """
     wanted, has_cuda = config.training.device, torch.cuda.is_available()
-    if wanted == "cpu" or (wanted == "auto" and not has_cuda):
+    # A gang that was started without GPUs has no collectives for them, whatever this host happens to show.
+    has_nccl = "nccl" in dist.get_backend_config(dist.group.WORLD)
+    if wanted == "cpu" or (wanted == "auto" and not (has_cuda and has_nccl)):
         return torch.device("cpu")
     require(has_cuda, "training.device", wanted, "'cpu' or 'auto': this worker sees no CUDA device")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
