@@ -60,6 +60,13 @@ def require_cpus(num_cpus: int, purpose: str, nodes: str | None = None) -> None:
     raise UserError(f"{message}; add nodes, or ask for less (training.num_workers=..., merge.num_workers=...)")
 
 
+def free_cpus() -> int:
+    """CPUs of the cluster that nobody uses now."""
+    import ray
+
+    return int(ray.available_resources().get("CPU", 0.0))
+
+
 def count_gpus() -> int:
     """GPUs of the cluster, whoever uses them now."""
     import ray

@@ -30,7 +30,11 @@ class LeaseHeld(Exception):
 
 
 class LeaseLost(Exception):
-    """Our lease was taken over; whatever we were about to publish must not be published."""
+    """Our lease is not in force; whatever we were about to publish must not be published."""
+
+
+class LeaseExpired(LeaseLost):
+    """Our lease expired unrenewed and nobody took it over; publish nothing unless the holder renews it, as it still may."""
 
 
 class GangFailed(Exception):

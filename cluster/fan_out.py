@@ -59,11 +59,12 @@ def fan_out_ray(
     items: Sequence[Item],
     *,
     num_in_flight: int,
+    num_cpus: int = 1,
     memory_bytes: Callable[[Item], int] = lambda _: 0,
     should_cancel: Callable[[], bool] = lambda: False,
     nodes: str | None = None,
 ) -> Iterator[Result]:
-    """Run each item as a Ray task of one CPU, spread over nodes (of the label ``nodes``), at most ``num_in_flight`` at once.
+    """Run each item as a Ray task of ``num_cpus`` CPUs, spread over nodes (of the label ``nodes``), at most ``num_in_flight`` at once.
 
     ``memory_bytes`` is admission control: Ray starts a task only where that much is free. Lost workers
     are retried by Ray, errors of ours are not. ``should_cancel`` is asked between results; then what
@@ -72,7 +73,7 @@ def fan_out_ray(
     import ray
 
     # Ray sets OMP_NUM_THREADS to num_cpus in the task: two threads on busy cores collapse.
-    remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD", max_retries=3)(_call)
+    remote = ray.remote(num_cpus=num_cpus, scheduling_strategy="SPREAD", max_retries=3)(_call)
     placement = {} if nodes is None else {"label_selector": label_selector(nodes)}
     waiting = list(items)
     running: list[Any] = []

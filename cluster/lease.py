@@ -3,12 +3,17 @@
 Taken by create-if-absent, renewed by a thread, taken over by compare-and-swap once it expired or its
 holder on this machine is gone. Whoever publishes calls :meth:`Lease.check` (or, in a worker,
 :func:`check_token`) right before, and fails closed.
+
+Storage that stays away does not take a lease from its holder. Renewal goes on past the expiry, and its
+compare-and-swap succeeds only if nobody took over meanwhile; until then every check raises
+:class:`cluster.errors.LeaseExpired`. Pins alone are lost at their expiry: what they named may be gone by then.
 """
 
 from __future__ import annotations
 
 import getpass
 import json
+import logging
 import os
 import secrets
 import socket
@@ -21,14 +26,18 @@ from pathlib import Path
 
 import psutil
 
-from cluster.errors import LeaseHeld, LeaseLost, ObjectExists, StorageError
+from cluster.errors import LeaseExpired, LeaseHeld, LeaseLost, ObjectExists, StorageError
+from cluster.outages import outages_logged
 from cluster.storage import Store
 from configs.typed import parse_record
 
 EXPIRY_SECONDS = 30.0
 RENEWAL_SECONDS = 10.0
+RETRY_SECONDS = 2.0
+"""After a renewal that storage refused: what waits for it to be back waits no longer than it must."""
 SKEW_SECONDS = 20.0
 """Clocks that differ by less than this do no harm: a holder that renews on time is never taken over."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +84,8 @@ def hold_lease(
 ) -> Iterator[Lease]:
     """Hold the lease ``name`` for the length of the block; :class:`LeaseHeld` if another driver has it.
 
-    ``on_lost`` runs in the renewal thread once another driver has taken over.
+    ``on_lost`` runs in the renewal thread once another driver has taken over, or pins have expired. Storage that is away when
+    the block ends is logged, and the lease left to expire.
     """
     lease = Lease(store, name, clock, pins)
     lease.acquire()
@@ -87,7 +97,8 @@ def hold_lease(
     finally:
         stop.set()
         renewal.join()
-        lease.release()
+        with outages_logged(f"giving back the lease {name!r} of {store.url}, which expires in {EXPIRY_SECONDS:.0f} s,"):
+            lease.release()
 
 
 class Lease:
@@ -125,22 +136,41 @@ class Lease:
         self._held = mine
 
     def renew(self) -> None:
-        """Push the expiry out; :class:`LeaseLost` if someone took over, or if what has pins expired: they count no more."""
-        if self.pins and self._held is not None and self.clock() >= read_record(self._held).expires_at:
+        """Push the expiry out; :class:`LeaseLost` if someone took over, or if what has pins expired: they count no more.
+
+        May be called again after a :class:`StorageError`, however long ago the lease expired.
+        """
+        if not self._swap() and not (self._adopt() and self._swap()):
+            raise LeaseLost(f"lease {self.name!r} of {self.store.url} was taken over by another driver")
+
+    def _swap(self) -> bool:
+        """Whether a new expiry took the place of the bytes that we wrote last."""
+        if self._held is None:
+            return False
+        if self.pins and self.clock() >= read_record(self._held).expires_at:
             raise LeaseLost(f"the pins of {self.name!r} on {self.store.url} expired before they were renewed")
         mine = self._record().encode()
-        if self._held is None or not self.store.replace(lease_key(self.name), mine, self._held):
-            raise LeaseLost(f"lease {self.name!r} of {self.store.url} was taken over by another driver")
+        if not self.store.replace(lease_key(self.name), mine, self._held):
+            return False
         self._held = mine
+        return True
+
+    def _adopt(self) -> bool:
+        """Whether what stands is ours after all: a renewal whose answer was lost may have been carried out."""
+        current = self.store.read_if_present(lease_key(self.name)) if self._held is not None else None
+        if current is None or not _carries(current, self.token):
+            return False
+        self._held = current
+        return True
 
     def check(self) -> None:
-        """Fail closed: :class:`LeaseLost` unless the stored token is ours and unexpired."""
+        """Fail closed: :class:`LeaseLost` unless the stored token is ours and unexpired; as for :func:`check_token`."""
         current = self.store.read_if_present(lease_key(self.name))
         # The clock after the read: an answer that took longer than the lease lasts says nothing about now.
         _require_in_force(self.store, self.name, current, self.token, self.clock())
 
     def is_lost(self) -> bool:
-        """Whether the renewal thread found that another driver took over, or could not renew until the expiry: stop working."""
+        """Whether the renewal thread found that another driver took over, or that pins expired: stop working."""
         return self._lost.is_set()
 
     def release(self) -> None:
@@ -151,21 +181,26 @@ class Lease:
             self._held = None
 
     def renew_until(self, stop: threading.Event, on_lost: Callable[[], None]) -> None:
-        """Renew every :data:`RENEWAL_SECONDS` until ``stop``; storage errors are retried until the expiry passed."""
-        renewed_at = self.clock()
-        while not stop.wait(RENEWAL_SECONDS):
+        """Renew every :data:`RENEWAL_SECONDS` until ``stop``, or until the lease is lost: then call ``on_lost``.
+
+        While storage is away, try again every :data:`RETRY_SECONDS` for as long as it takes.
+        """
+        failures = 0
+        while not stop.wait(RETRY_SECONDS if failures else RENEWAL_SECONDS):
             try:
                 self.renew()
-                renewed_at = self.clock()
             except LeaseLost:
-                break
-            except StorageError:
-                if self.clock() - renewed_at > EXPIRY_SECONDS:
-                    break
-        else:
-            return
-        self._lost.set()
-        on_lost()
+                self._lost.set()
+                on_lost()
+                return
+            except StorageError as error:
+                if not failures:
+                    logger.warning("lease %r of %s could not be renewed (%s); trying on", self.name, self.store.url, error)
+                failures += 1
+            else:
+                if failures:
+                    logger.info("lease %r of %s is renewed after %d failures", self.name, self.store.url, failures)
+                failures = 0
 
     def _record(self, *, released: bool = False) -> LeaseRecord:
         process = psutil.Process()
@@ -196,7 +231,10 @@ class Lease:
 
 
 def check_token(store: Store, name: str, token: str, clock: Callable[[], float] = time.time) -> None:
-    """Raise :class:`LeaseLost` unless the lease ``name`` still carries ``token`` and has not expired by ``clock``."""
+    """Raise :class:`LeaseLost` unless the lease ``name`` still carries ``token`` and has not expired by ``clock``.
+
+    If it carries the token and expired, that is :class:`LeaseExpired`: its holder may renew it yet, if nobody takes over first.
+    """
     data = store.read_if_present(lease_key(name))
     # The clock is read after the answer came: a slow one must not pass for a fresh one.
     _require_in_force(store, name, data, token, clock())
@@ -209,10 +247,19 @@ def _require_in_force(store: Store, name: str, data: bytes | None, token: str, n
     if current.token != token or current.released:
         raise LeaseLost(f"lease {name!r} of {store.url} now belongs to {current.owner}; nothing was published")
     if now >= current.expires_at:
-        raise LeaseLost(
+        raise LeaseExpired(
             f"lease {name!r} of {store.url} expired {now - current.expires_at:.0f} s ago without being renewed; "
             "nothing was published"
         )
+
+
+def _carries(data: bytes, token: str) -> bool:
+    """Whether a lease object is that of ``token`` and not given back; a damaged one is nobody's."""
+    try:
+        held = read_record(data)
+    except StorageError:
+        return False
+    return held.token == token and not held.released
 
 
 def read_record(data: bytes) -> LeaseRecord:

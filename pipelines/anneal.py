@@ -31,7 +31,7 @@ def anneal(run_url: str, from_step: int, *, tokens: int | None = None) -> dict[s
     trunk = RunFolder(run_url)
     trunk_config = trunk.identity().config
     start = start_point(trunk, from_step)
-    config = branch_config(trunk_config, start.tokens_seen, tokens or trunk_config.anneal.tokens)
+    config = branch_config(trunk_config, start.tokens_seen, trunk_config.anneal.tokens if tokens is None else tokens)
     branch = trunk.branch(branch_name(from_step))
     require_workable(branch, config)
     # Until the branch is on record, which keeps its start from then on, a pin does.
@@ -60,6 +60,11 @@ def branch_name(from_step: int) -> str:
 
 def branch_config(trunk: Config, fork_tokens: int, tokens: int) -> Config:
     """The trunk's configuration with its end at the budget and the whole budget as decay."""
+    if tokens < 1:
+        raise UserError(
+            f"an annealing branch of {tokens:,} tokens from its start at {fork_tokens:,} has no step to train; give --tokens "
+            f"(or anneal.tokens) of at least one step, {trunk.training.batch_tokens:,}"
+        )
     if fork_tokens < trunk.schedule.warmup_tokens:
         raise UserError(
             f"step at {fork_tokens} tokens is in warmup (schedule.warmup_tokens={trunk.schedule.warmup_tokens})"

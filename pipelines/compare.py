@@ -52,7 +52,7 @@ def missing_comparisons(run: RunFolder, config: Config) -> list[DueMerge[Snapsho
         DueMerge(name=name, rule=rule, window=window)
         for rule in comparison_rules(config)
         for window in (windows_at_end(snapshots, rule) if snapshots else [])
-        if (name := rule.output_name(snapshots[-1].step)) not in merged
+        if (name := rule.output_name(snapshots[-1].step, snapshots[-1].recovery)) not in merged
     ]
 
 
@@ -71,7 +71,8 @@ def comparison_units(driven: Driven) -> list[Unit]:
     done, size = driven.run.merged(), model_bytes(driven)
     expected = expected_snapshots(driven)
     rules = [rule for rule in comparison_rules(driven.config) if windows_at_end(expected, rule)]
-    names = {rule.output_name(expected[-1].step): rule.count for rule in rules}
+    last = expected[-1] if expected else None
+    names = {rule.output_name(last.step, last.recovery): rule.count for rule in rules if last}
     return [
         Unit(name=name, is_done=name in done, bytes_read=count * size, bytes_written=size)
         for name, count in names.items()

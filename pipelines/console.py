@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from configs.json_numbers import finite_or_none
+
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_LEASE_HELD, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 Render = Callable[[dict[str, Any]], str]
 
@@ -33,7 +35,7 @@ def run_command(work: Callable[[], dict[str, Any]], render: Render, *, as_json: 
             traceback.print_exc()
         report_failure(type(error).__name__, str(error), answer if as_json else None, answer_of(error))
         return exit_code_of(error)
-    print(json.dumps(result, allow_nan=False) if as_json else render(result), file=answer, flush=True)
+    print(json.dumps(finite_or_none(result), allow_nan=False) if as_json else render(result), file=answer, flush=True)
     return EXIT_FAILED if result.get("ok") is False else EXIT_DONE
 
 
@@ -69,7 +71,8 @@ def answer_of(error: BaseException) -> dict[str, object]:
 def report_failure(kind: str, message: str, answer: TextIO | None, details: dict[str, object] | None = None) -> None:
     """Say what failed on stderr; with ``--json`` (an ``answer`` stream) also as one object, with ``details``."""
     if answer is not None:
-        print(json.dumps({"error": kind, "message": message, **(details or {})}), file=answer, flush=True)
+        values = finite_or_none({"error": kind, "message": message, **(details or {})})
+        print(json.dumps(values, allow_nan=False), file=answer, flush=True)
     print(f"pma: {message or kind}", file=sys.stderr, flush=True)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from cluster.capacity import answering_slots, count_gpus, has_autoscaler, require_gpus
-from cluster.errors import GangFailed
+from cluster.errors import GangFailed, StorageError
 from cluster.storage import Store
 from configs.errors import UserError
 from configs.schema import Config
@@ -104,7 +104,12 @@ class GrowthWatch:
             return
         self._looked_at = self._clock()
         size = largest_size(self.config, self._slots(self.config.cluster.train_nodes))
-        if size is not None and size > self.size:
-            logger.warning("there is room for %d workers: the gang of %d ends at its next snapshot", size, self.size)
+        if size is None or size <= self.size:
+            return
+        try:
             write_request(self.store, self.request_key, "resize")
-            self._has_asked = True
+        except StorageError as error:
+            logger.warning("there is room for %d workers, but the gang could not be told: %s", size, error)
+            return
+        logger.warning("there is room for %d workers: the gang of %d ends at its next snapshot", size, self.size)
+        self._has_asked = True

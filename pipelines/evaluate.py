@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.errors import UserError
+from configs.json_numbers import finite_or_none
 from configs.load import config_to_dict
 from configs.schema import Config
 from tasks.checkpoints.reader import open_checkpoint
@@ -26,10 +27,10 @@ def evaluate(urls: tuple[str, ...], run_url: str | None) -> dict[str, Any]:
             {
                 "url": url,
                 "digest": evaluation.digest,
-                "loss": evaluation.loss,
-                "domains": evaluation.domains,
-                "slices": list(evaluation.slices),
-                "bits_per_byte": evaluation.bits_per_byte,
+                "loss": finite_or_none(evaluation.loss),
+                "domains": finite_or_none(evaluation.domains),
+                "slices": finite_or_none(evaluation.slices),
+                "bits_per_byte": finite_or_none(evaluation.bits_per_byte),
                 "tokens": evaluation.tokens,
             }
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from cluster.capacity import answering_slots
+from cluster.capacity import answering_slots, free_cpus
 from cluster.errors import GangFailed, LeaseHeld, LeaseLost, StorageError
+from cluster.fan_out import fan_out_ray
 from cluster.gang import GangSize, WorkerLost, run_gang
 from cluster.journal import write_event
 from cluster.lease import Lease
@@ -22,9 +22,9 @@ from configs.schema import Config
 from pipelines.elastic import GrowthWatch, choose_size, wants_gpus
 from pipelines.merge import RunTasks
 from pipelines.recover import SpikeAnswers, answer_spike, unanswered_alarm
-from pipelines.scheduled import on_ray
 from tasks.checkpoints.ephemeral import drop_ephemeral
 from tasks.checkpoints.run_folder import RunFolder
+from tasks.checkpoints.safetensors_header import CheckpointError
 from tasks.training.requests import write_request
 
 StartGang = Callable[[Any, Config, str, Callable[[], object]], dict[str, Any]]
@@ -77,13 +77,30 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | No
 
 def on_cluster(config: Config) -> Means:
     """Gangs and merge tasks on the Ray session."""
-    return Means(start_gang=_on_ray, run_tasks=on_ray(config, lambda: False), answers_spikes=True)
+    return Means(start_gang=_on_ray, run_tasks=beside_gang(config), answers_spikes=True)
+
+
+def beside_gang(config: Config) -> RunTasks:
+    """Merge tasks on the Ray session while a gang waits: on its CPUs, which idle, if there are no others."""
+
+    def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], is_lost: Callable[[], bool]) -> Iterable[Any]:
+        return fan_out_ray(
+            function,
+            tasks,
+            num_in_flight=max(2, config.merge.num_workers),
+            num_cpus=1 if free_cpus() >= 1 else 0,
+            memory_bytes=lambda task: int(task.memory_bytes),
+            should_cancel=is_lost,
+            nodes=config.cluster.merge_nodes,
+        )
+
+    return run_tasks
 
 
 def is_trained(run: RunFolder, config: Config) -> bool:
     """Whether the run's last step is committed."""
-    snapshots = run.snapshots()
-    return bool(snapshots) and snapshots[-1].step >= config.training.total_steps
+    snapshots = run.glances()
+    return bool(snapshots) and (snapshots[-1].step or 0) >= config.training.total_steps
 
 
 def first_line(error: BaseException) -> str:
@@ -107,12 +124,12 @@ class EphemeralTidy:
         self._looked_at = time.monotonic()
         try:
             drop_ephemeral(self._run)
-        except (LeaseHeld, StorageError) as error:
+        except (LeaseHeld, LeaseLost, StorageError, CheckpointError) as error:
             logger.info("ephemeral snapshots stay for now: %s", error)
 
 
 def _newest_url(run: RunFolder) -> str | None:
-    snapshots = run.snapshots()
+    snapshots = run.glances()
     return snapshots[-1].url if snapshots else None
 
 
@@ -135,7 +152,7 @@ def _segment_task(run: RunFolder, config: Config, lease: Lease, means: Means, *,
         run_url=run.url,
         config=config_to_dict(config),
         lease_token=lease.token,
-        cause="worker lost" if is_after_loss else "resume" if run.snapshots() else "start",
+        cause="worker lost" if is_after_loss else "resume" if run.glances() else "start",
         launched=time.time(),
         answers_spikes=means.answers_spikes,
         request_key=f"requests/{secrets.token_hex(4)}.json",
@@ -146,8 +163,7 @@ def _on_ray(task: Any, config: Config, name: str, on_wait: Callable[[], object])
     with_gpus = wants_gpus(config)
     size = choose_size(config, with_gpus=with_gpus)
     store = open_store(task.run_url)
-    slots = partial(answering_slots, with_gpus=with_gpus)
-    growth = GrowthWatch(config, store, task.request_key, size, slots=slots)
+    growth = GrowthWatch(config, store, task.request_key, size, slots=_free_beside(size, with_gpus=with_gpus))
     try:
         return run_gang(
             _train_segment,
@@ -164,6 +180,15 @@ def _on_ray(task: Any, config: Config, name: str, on_wait: Callable[[], object])
         )
     finally:
         store.delete(task.request_key)
+
+
+def _free_beside(size: int, *, with_gpus: bool) -> Callable[[str | None], int]:
+    """Room for a gang in place of one of ``size``: its own, and what nobody uses."""
+
+    def slots(nodes: str | None) -> int:
+        return min(answering_slots(nodes, with_gpus=with_gpus), size + free_cpus())
+
+    return slots
 
 
 def _one_after_the_other(*calls: Callable[[], object]) -> Callable[[], None]:

@@ -104,6 +104,7 @@ def prepare_fork(run_url: str, name: str, config: Config) -> RunFolder:
     if not snapshots:
         raise UserError(f"{trunk.url} has no committed snapshot to fork from; give another --run instead")
     start = start_point(trunk, snapshots[-1].step)
+    require_way_to_go(start, config)
     # Until the branch is on record, which keeps its start from then on, a pin does.
     with hold_pins([start]):
         branch.begin(config, start)
@@ -156,6 +157,16 @@ def require_forkable(trunk: RunFolder, name: str, config: Config) -> None:
             f"a fork of {trunk.url} starts from its weights and data position, so these must stay:\n"
             + "\n".join(changed)
             + "\nGive them as they are, or another --run to begin afresh"
+        )
+
+
+def require_way_to_go(start: StartPoint, config: Config) -> None:
+    """Refuse a branch that would end at its start or before it: there is nothing to train."""
+    if config.training.total_tokens <= start.tokens_seen:
+        raise UserError(
+            f"training.total_tokens={config.training.total_tokens:,} is not beyond the fork's start, {start.url}, "
+            f"which has seen {start.tokens_seen:,} tokens: the branch would have no step to train; tokens count from the "
+            f"beginning of the run, so give training.total_tokens above {start.tokens_seen:,}"
         )
 
 

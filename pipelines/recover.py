@@ -6,21 +6,27 @@ record gives the same decision, so a driver that dies in between is followed by 
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import fields, replace
 from typing import Any
 
+from cluster.errors import StorageError
 from cluster.journal import write_event
 from cluster.lease import Lease
+from cluster.storage import open_store
 from configs.errors import UserError
 from configs.load import override_execution
 from configs.schema import Config
 from pipelines.merge import RunTasks, merge_lease, task_runner
 from pipelines.run_lease import hold_run
+from tasks.checkpoints.catalog import Glance
+from tasks.checkpoints.course import AS_CONFIGURED, Course, read_course
+from tasks.checkpoints.manifest import STATE_KEY, read_manifest
 from tasks.checkpoints.pins import hold_pins
 from tasks.checkpoints.recoveries import Recovery, write_recovery
-from tasks.checkpoints.run_folder import RunFolder, Snapshot
+from tasks.checkpoints.run_folder import RunFolder
 from tasks.checkpoints.start_point import StartPoint
 from tasks.checkpoints.tied import open_untied
 from tasks.merging.merge import execute_merge
@@ -52,10 +58,10 @@ def recover(
     config = override_execution(run.identity().config, overrides)
     alarm = _alarm_at(run, onset) if onset is not None else unanswered_alarm(run) or _alarm_in_journal(run, config)
     if dry_run:
-        plan = plan_by_hand(config, alarm, candidates(run), run.recoveries(), wish)
+        plan = plan_by_hand(config, alarm, candidates(run), run.recoveries(), wish, inherited_course(run))
         return {"run": run.url, "dry_run": True, **describe_plan(plan)}
     with hold_run(run) as lease:
-        plan = plan_by_hand(config, alarm, candidates(run), run.recoveries(), wish)
+        plan = plan_by_hand(config, alarm, candidates(run), run.recoveries(), wish, inherited_course(run))
         with task_runner("local", [run.url, *(s.url for s in plan.inputs)]) as run_tasks:
             recovery = carry_out(run, config, plan, lease, run_tasks)
     return {"run": run.url, "dry_run": False, **describe_plan(plan), "start": recovery.start.url}
@@ -64,7 +70,7 @@ def recover(
 def answer_spike(run: RunFolder, config: Config, alarm: Alarm, lease: Lease, run_tasks: RunTasks) -> Recovery:
     """The run's own answer to ``alarm``; raises :class:`SpikeUnanswered` if it has none left."""
     try:
-        plan = plan_recovery(config, alarm, candidates(run), run.recoveries())
+        plan = plan_recovery(config, alarm, candidates(run), run.recoveries(), inherited_course(run))
     except SpikeUnanswered as given_up:
         write_event(run.store, "spike-unanswered", {"step": alarm.alarm_step, "message": str(given_up)})
         raise
@@ -85,12 +91,17 @@ class SpikeAnswers:
         if time.monotonic() - self._looked_at < self._pause:
             return
         self._looked_at = time.monotonic()
-        if (alarm := unanswered_alarm(self._run)) is not None:
-            answer_spike(self._run, self._config, alarm, self._lease, self._run_tasks)
+        try:
+            if (alarm := unanswered_alarm(self._run)) is not None:
+                answer_spike(self._run, self._config, alarm, self._lease, self._run_tasks)
+        except StorageError as error:
+            # The gang is well, or waits: the next look may succeed. What was done is found then.
+            self._pause = REMOTE_LOOK_SECONDS
+            logger.warning("storage failed while looking for a spike, or answering one: %s", error)
 
 
 def carry_out(
-    run: RunFolder, config: Config, plan: RecoveryPlan[Snapshot], lease: Lease, run_tasks: RunTasks
+    run: RunFolder, config: Config, plan: RecoveryPlan[Glance], lease: Lease, run_tasks: RunTasks
 ) -> Recovery:
     """Make the start of ``plan``, then put the decision on record."""
     started = time.perf_counter()
@@ -116,12 +127,19 @@ def unanswered_alarm(run: RunFolder) -> Alarm | None:
     return None if answered else parse_alarm(end["alarm"])
 
 
-def candidates(run: RunFolder) -> list[Snapshot]:
+def candidates(run: RunFolder) -> list[Glance]:
     """Snapshots that a recovery may go back to, by step."""
-    return [s for s in run.snapshots() if s.manifest.kind == "training" and not s.ephemeral]
+    return [s for s in run.glances() if s.kind == "training" and not s.ephemeral]
 
 
-def describe_plan(plan: RecoveryPlan[Snapshot]) -> dict[str, Any]:
+def inherited_course(run: RunFolder) -> Course:
+    """What recoveries of the run that this one was forked from changed for good."""
+    start = run.identity().start
+    data = open_store(start.url).read_if_present(STATE_KEY) if start else None
+    return read_course(json.loads(data)) if data is not None else AS_CONFIGURED
+
+
+def describe_plan(plan: RecoveryPlan[Glance]) -> dict[str, Any]:
     """``plan`` as JSON has it."""
     return {
         "recovery": plan.number,
@@ -141,15 +159,15 @@ def describe_plan(plan: RecoveryPlan[Snapshot]) -> dict[str, Any]:
     }
 
 
-def _with_moments_there(plan: RecoveryPlan[Snapshot]) -> RecoveryPlan[Snapshot]:
+def _with_moments_there(plan: RecoveryPlan[Glance]) -> RecoveryPlan[Glance]:
     """``plan`` with moments that its inputs can give: weights alone leave none to merge."""
-    if plan.moments == "reset" or all(s.manifest.state_tensors() for s in plan.inputs):
+    if plan.moments == "reset" or all(read_manifest(open_store(s.url))[0].state_tensors() for s in plan.inputs):
         return plan
     logger.warning("some of the snapshots hold no optimizer moments: they start at zero")
     return replace(plan, moments="reset")
 
 
-def _merged_start(run: RunFolder, config: Config, plan: RecoveryPlan[Snapshot], run_tasks: RunTasks) -> StartPoint:
+def _merged_start(run: RunFolder, config: Config, plan: RecoveryPlan[Glance], run_tasks: RunTasks) -> StartPoint:
     url = f"{run.url}/merged/recovery-{plan.number:04d}-{METHOD}-n{len(plan.inputs)}-step-{plan.start_step:09d}"
     with merge_lease(url) as lease, hold_pins(plan.inputs):
         merge = plan_merge(
@@ -162,20 +180,20 @@ def _merged_start(run: RunFolder, config: Config, plan: RecoveryPlan[Snapshot], 
         report = execute_merge(merge, lambda function, tasks: run_tasks(function, tasks, lease.is_lost), lease.check)
     newest = plan.inputs[-1]
     return StartPoint(
-        url=url, digest=report.manifest.digest, step=newest.step, tokens_seen=newest.manifest.tokens_seen or 0
+        url=url, digest=report.manifest.digest, step=newest.step or 0, tokens_seen=newest.tokens_seen or 0
     )
 
 
-def _start_at(snapshot: Snapshot) -> StartPoint:
+def _start_at(snapshot: Glance) -> StartPoint:
     return StartPoint(
-        url=snapshot.url, digest=snapshot.digest, step=snapshot.step, tokens_seen=snapshot.manifest.tokens_seen or 0
+        url=snapshot.url, digest=snapshot.digest, step=snapshot.step or 0, tokens_seen=snapshot.tokens_seen or 0
     )
 
 
 def _alarm_at(run: RunFolder, onset: int) -> Alarm:
     """An alarm that somebody gives: from ``onset`` to where the run stands."""
-    snapshots, segments = run.snapshots(), run.segments()
-    reached = max([s.step for s in snapshots] + [s["end"]["step"] for s in segments[-1:] if s["end"]], default=0)
+    snapshots, segments = run.glances(), run.segments()
+    reached = max([s.step or 0 for s in snapshots] + [s["end"]["step"] for s in segments[-1:] if s["end"]], default=0)
     if not 1 <= onset <= reached:
         raise UserError(f"--onset {onset}: the run stands at step {reached}; give the first step of the trouble")
     return Alarm(
@@ -190,8 +208,8 @@ def _alarm_at(run: RunFolder, onset: int) -> Alarm:
 
 
 def _alarm_in_journal(run: RunFolder, config: Config) -> Alarm:
-    snapshots = run.snapshots()
-    points = read_points(run.store, snapshots[-1].step if snapshots else 0)
+    snapshots = run.glances()
+    points = read_points(run.store, snapshots[-1].step or 0 if snapshots else 0)
     alarm = find_spike(points, rule_of(config))
     if alarm is None:
         raise UserError(

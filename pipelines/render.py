@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from pipelines.wording import describe_event, format_seconds
+from pipelines.wording import describe_event, format_loss, format_seconds
 
 
 def render_demo(result: dict[str, Any]) -> str:
@@ -88,7 +88,7 @@ def render_export(result: dict[str, Any]) -> str:
 
 def render_evaluation(result: dict[str, Any]) -> str:
     """Held-out losses for people."""
-    return "\n".join(f"{row['loss']:.4f}  {row['url']}" for row in result["results"])
+    return "\n".join(f"{format_loss(row['loss'])}  {row['url']}" for row in result["results"])
 
 
 def render_verification(result: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def render_status(result: dict[str, Any]) -> str:
     ]
     lines += [
         f"  {s['step']:>9,}  {s['phase'] or '':<7} {'healthy' if s['healthy'] else 'UNHEALTHY'}  "
-        + (f"held-out {s['loss']:.4f}" if s["loss"] else "")
+        + (f"held-out {format_loss(s['loss'])}" if s["evaluated"] else "")
         for s in snapshots[-8:]
     ]
     lines += [
@@ -126,6 +126,8 @@ def render_status(result: dict[str, Any]) -> str:
         f"lease {row['name']}: {row['owner']}, for {format_seconds(row['age_seconds'])}, expires in {row['expires_in_seconds']} s"
         for row in result["leases"]
     ]
+    if left := (len(result["left_behind"]), len(result["left_behind_merges"])):
+        lines += [f"left behind by a recovery: snapshots {left[0]}, merged {left[1]}"] if any(left) else []
     lines += [f"due {name}" for name in result["due"][:5]]
     lines += [f"... and {len(result['due']) - 5} more due"] if len(result["due"]) > 5 else []
     lines += [f"branch {name}" for name in result["branches"]]

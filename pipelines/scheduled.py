@@ -101,7 +101,7 @@ def merge_window(
 def due_now(run: RunFolder, config: Config) -> list[DueMerge[Snapshot]]:
     """Merges that the run's schedule asks for and that are not made yet."""
     snapshots = without_gone(run.store, run.snapshots())
-    return due_merges(snapshots, schedule_of(config), merges_made(run.store, run.merged()))
+    return due_merges(snapshots, schedule_of(config), merges_made(run.store, run.all_merged()))
 
 
 def on_ray(config: Config, cancelled: Callable[[], bool]) -> RunTasks:

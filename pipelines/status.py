@@ -17,7 +17,7 @@ from pipelines.wording import describe_event
 from tasks.checkpoints.catalog import Catalog, Glance
 from tasks.checkpoints.dooms import merges_made, without_gone
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
-from tasks.evaluation.held_out import evaluation_key, suite_of
+from tasks.evaluation.held_out import evaluation_key, read_loss, suite_of
 from tasks.merging.schedule import due_merges, schedule_of
 
 NUM_EVENTS = 8
@@ -33,14 +33,15 @@ def status(run_url: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     leases = held_leases(run.store, time.time())
     catalog = Catalog(run.store)
     catalog.refresh()
-    losses = catalog.losses(lambda key: float(json.loads(run.store.read(key))["loss"]))
+    losses = catalog.losses(lambda key: read_loss(run.store.read(key)))
     suite = suite_of(config)
 
-    def loss_of(glance: Glance) -> float | None:
-        return losses.get(evaluation_key(glance.digest, suite))
+    def measured(glance: Glance) -> dict[str, Any]:
+        key = evaluation_key(glance.digest, suite)
+        return {"loss": losses.get(key), "evaluated": key in losses}
 
     snapshots, merged = catalog.snapshots(), catalog.merged()
-    due = due_merges(without_gone(run.store, snapshots), schedule_of(config), merges_made(run.store, merged))
+    due = due_merges(without_gone(run.store, snapshots), schedule_of(config), merges_made(run.store, catalog.all_merged()))
     return {
         "run": run.url,
         "name": config.name,
@@ -53,7 +54,7 @@ def status(run_url: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
                 "digest": s.digest,
                 "healthy": s.healthy,
                 "phase": s.phase,
-                "loss": loss_of(s),
+                **measured(s),
             }
             for s in snapshots
         ],
@@ -64,12 +65,16 @@ def status(run_url: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
                 "digest": m.digest,
                 "method": m.method,
                 "inputs": list(m.inputs),
-                "loss": loss_of(m),
+                **measured(m),
             }
             for name, m in merged.items()
         ],
         "left_behind": [
             {"step": s.step, "url": s.url, "digest": s.digest, "healthy": s.healthy} for s in catalog.left_behind()
+        ],
+        "left_behind_merges": [
+            {"name": name, "url": m.url, "digest": m.digest, "method": m.method, "step": m.step}
+            for name, m in catalog.left_behind_merges().items()
         ],
         "segments": run.segments(),
         "recoveries": [dataclasses.asdict(recovery) for recovery in run.recoveries()],

@@ -46,7 +46,7 @@ def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local
     catalog.refresh()
     growth = _adopt(run, catalog)
     snapshots = without_gone(run.store, catalog.snapshots())
-    due = due_merges(snapshots, rows, merges_made(run.store, catalog.merged()))
+    due = due_merges(snapshots, rows, merges_made(run.store, catalog.all_merged()))
     outcome = _merge(run, config, due, workers)
     if due:
         catalog.refresh()
@@ -117,7 +117,7 @@ def is_complete(run_url: str) -> bool:
     catalog.refresh()
     snapshots = catalog.snapshots()
     ended = bool(snapshots) and (snapshots[-1].tokens_seen or 0) >= config.training.total_tokens
-    return ended and not due_merges(snapshots, schedule_of(config), merges_made(run.store, catalog.merged()))
+    return ended and not due_merges(snapshots, schedule_of(config), merges_made(run.store, catalog.all_merged()))
 
 
 def _merge(run: RunFolder, config: Config, due: Sequence[DueMerge[Glance]], workers: str) -> Round:

@@ -7,17 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.journal import read_events, write_event
+from cluster.outages import outages_logged
 from cluster.storage import Store
 
 
 @contextmanager
 def timed(store: Store, stage: str, kind: str) -> Iterator[None]:
-    """Record the block's duration as an event; ``kind`` is ``training``, ``orchestration`` or ``evidence``."""
+    """Record the block's duration as an event; ``kind`` is ``training``, ``orchestration`` or ``evidence``.
+
+    Storage that is away when the block ends is logged: it neither fails work that is done nor hides why the block raised.
+    """
     started = time.perf_counter()
     try:
         yield
     finally:
-        write_event(store, "timing", {"stage": stage, "accounted_as": kind, "seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        with outages_logged(f"the record that {stage!r} took {seconds:.1f} s"):
+            write_event(store, "timing", {"stage": stage, "accounted_as": kind, "seconds": seconds})
 
 
 def stage_seconds(store: Store) -> dict[tuple[str, str], float]:

@@ -125,7 +125,7 @@ class Forwarder:
     def _forward_item(self, run: RunFolder, prefix: str, item: str) -> None:
         kind, name = item.split("/", 1)
         if kind == "merged":
-            manifest = run.merged()[name]
+            manifest = run.all_merged()[name]  # A recovery may have left it behind just now.
             assert manifest.merge is not None
             self.tracker.log_text(
                 self._run_id("merges"), json.dumps(dataclasses.asdict(manifest.merge), indent=1), f"lineage/{name}.json"

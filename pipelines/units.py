@@ -89,7 +89,7 @@ def snapshot_units(driven: Driven) -> list[Unit]:
 
 def merge_units(driven: Driven) -> list[Unit]:
     """The scheduled merges of the run."""
-    done, size = merges_made(driven.run.store, driven.run.merged()), model_bytes(driven)
+    done, size = merges_made(driven.run.store, driven.run.all_merged()), model_bytes(driven)
     return [
         Unit(name=merge.name, is_done=merge.name in done, bytes_read=len(merge.window) * size, bytes_written=size)
         for merge in expected_merges(driven)

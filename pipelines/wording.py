@@ -25,6 +25,11 @@ def format_bytes(count: int) -> str:
     return f"{count / 1024**power:,.{1 if power else 0}f} {UNITS[power]}"
 
 
+def format_loss(loss: float | None) -> str:
+    """``1.2345``; None stands for a loss that is not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def describe_event(event: dict[str, Any]) -> str:
     """One line about an event: its kind and its short fields."""
     details = {

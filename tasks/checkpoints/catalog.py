@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Catalog:
         self.store = store
         self._rows: dict[str, tuple[str, Glance]] = {}
         """Folder below the run to the manifest's version and what it says."""
-        self._losses: dict[str, float] = {}
+        self._losses: dict[str, float | None] = {}
         self._recoveries: list[Recovery] = []
         self._is_read = False
 
@@ -85,13 +86,16 @@ class Catalog:
             self._rows = rows
             self._write_cache()
 
-    def losses(self, read: Callable[[str], float]) -> dict[str, float]:
-        """Held-out loss of every evaluation record of the run, by key; ``read`` is asked for those that are new."""
+    def losses(self, read: Callable[[str], float | None]) -> dict[str, float | None]:
+        """Held-out loss of every evaluation record of the run, by key; ``read`` is asked for those that are new.
+
+        None stands for a loss that is not finite: neither JSON nor a fingerprint has a number for it.
+        """
         self._require_cache()
         keys = self.store.keys("evaluations")
         new = [key for key in keys if key not in self._losses]
         found = {key: loss for key, loss in self._losses.items() if key in set(keys)}
-        found |= dict(fan_out_local(lambda key: (key, read(key)), new, num_workers=NUM_READERS))
+        found |= dict(fan_out_local(lambda key: (key, _finite(read(key))), new, num_workers=NUM_READERS))
         if found != self._losses:
             self._losses = found
             self._write_cache()
@@ -111,7 +115,16 @@ class Catalog:
         return sorted((g for g in found if g.step is not None), key=lambda glance: (glance.step or 0, glance.recovery))
 
     def merged(self) -> dict[str, Glance]:
-        """Merged checkpoints by name, as of the last :meth:`refresh`."""
+        """Merged checkpoints by name, as of the last :meth:`refresh`, without those that a recovery left behind."""
+        return {name: glance for name, glance in self.all_merged().items() if living([glance], self._recoveries)}
+
+    def left_behind_merges(self) -> dict[str, Glance]:
+        """Merged checkpoints by name that end on a way which a recovery left behind."""
+        kept = self.merged()
+        return {name: glance for name, glance in self.all_merged().items() if name not in kept}
+
+    def all_merged(self) -> dict[str, Glance]:
+        """Merged checkpoints by name, those that a recovery left behind included."""
         rows = {folder: glance for folder, (_, glance) in sorted(self._rows.items())}
         return {f.removeprefix("merged/"): glance for f, glance in rows.items() if f.startswith("merged/")}
 
@@ -152,7 +165,9 @@ class Catalog:
                     folder: (version, parse_record(Glance, {**glance, "url": f"{self.store.url}/{folder}"}))
                     for folder, (version, glance) in content["rows"].items()
                 }
-                self._losses = {str(key): float(loss) for key, loss in content["losses"].items()}
+                self._losses = {
+                    str(key): None if loss is None else float(loss) for key, loss in content["losses"].items()
+                }
         except (ValueError, KeyError, TypeError, AttributeError):
             self._rows, self._losses = {}, {}
 
@@ -184,6 +199,10 @@ def glance_at(manifest: Manifest, url: str) -> Glance:
         method=manifest.merge.method if manifest.merge else None,
         inputs=tuple(item.url for item in manifest.merge.inputs) if manifest.merge else (),
     )
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _without_url(glance: Glance) -> dict[str, Any]:

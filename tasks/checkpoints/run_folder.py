@@ -18,6 +18,7 @@ from cluster.storage import open_store, require_create_if_absent
 from configs.errors import UserError
 from configs.load import config_from_dict, config_to_dict, identity_of
 from configs.schema import Config
+from tasks.checkpoints.catalog import Catalog, Glance
 from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest, parse_manifest
 from tasks.checkpoints.recoveries import Recovery, folder_suffix, living, read_recoveries
 from tasks.checkpoints.start_point import StartPoint
@@ -90,6 +91,7 @@ class RunFolder:
     def __init__(self, url: str) -> None:
         self.store = open_store(url)
         self._manifests: dict[str, Manifest] = {}
+        self._catalog = Catalog(self.store)
 
     @property
     def url(self) -> str:
@@ -140,6 +142,11 @@ class RunFolder:
         found = self.all_snapshots()
         return living(found, self.recoveries())
 
+    def glances(self) -> list[Glance]:
+        """Living snapshots by step, as lists need them: from the catalog, which reads each manifest once in a run's life."""
+        self._catalog.refresh()
+        return self._catalog.snapshots()
+
     def recoveries(self) -> list[Recovery]:
         """Recoveries of the run, oldest first."""
         return read_recoveries(self.store)
@@ -163,7 +170,14 @@ class RunFolder:
         return [snapshot for snapshot in parent.trajectory() if snapshot.step <= start.step] + own
 
     def merged(self) -> dict[str, Manifest]:
-        """Committed merged checkpoints by name."""
+        """Committed merged checkpoints by name, without those that end on a way which a recovery left behind."""
+        # Merges first, as with snapshots.
+        found = self.all_merged()
+        recoveries = self.recoveries()
+        return {name: manifest for name, manifest in found.items() if living([manifest], recoveries)}
+
+    def all_merged(self) -> dict[str, Manifest]:
+        """Committed merged checkpoints by name, those that a recovery left behind included."""
         names = self.store.folders("merged")
         manifests = {name: self._manifest(f"merged/{name}") for name in names}
         return {name: manifest for name, manifest in manifests.items() if manifest is not None}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store, open_store
 from configs.data import DataConfig
+from configs.json_numbers import finite_or_none
 from configs.load import config_from_dict
 from configs.schema import Config
 from tasks.checkpoints.digest import fingerprint
@@ -41,7 +42,7 @@ class Evaluation:
     suite: str
     """Fingerprint of what was measured on: see :func:`suite_of`."""
     loss: float
-    """Mean over slices, nats per token."""
+    """Mean over slices, nats per token; not finite for weights that are not, or that overflow."""
     slices: tuple[float, ...]
     """Loss of each slice."""
     domains: dict[str, float]
@@ -193,8 +194,11 @@ def evaluation_key(digest: str, suite: str) -> str:
 
 
 def write_evaluation(store: Store, evaluation: Evaluation) -> None:
-    """Write a record; the same weights give the same numbers, so a second writer changes nothing."""
-    data = json.dumps(dataclasses.asdict(evaluation)).encode()
+    """Write a record; the same weights give the same numbers, so a second writer changes nothing.
+
+    JSON has no number that is not finite: such a loss is null there, and NaN again when it is read.
+    """
+    data = json.dumps(finite_or_none(dataclasses.asdict(evaluation)), allow_nan=False).encode()
     store.put(evaluation_key(evaluation.digest, evaluation.suite), data)
 
 
@@ -204,7 +208,24 @@ def read_evaluation(store: Store, digest: str, suite: str) -> Evaluation | None:
     if data is None:
         return None
     values = json.loads(data)
-    return Evaluation(**{**values, "slices": tuple(values["slices"])})
+    return Evaluation(
+        **{
+            **values,
+            "loss": _number(values["loss"]),
+            "slices": tuple(_number(loss) for loss in values["slices"]),
+            "domains": {name: _number(loss) for name, loss in values["domains"].items()},
+        }
+    )
+
+
+def read_loss(data: bytes) -> float | None:
+    """The loss of the record ``data`` in nats per token, None if it is not finite."""
+    loss = _number(json.loads(data)["loss"])
+    return loss if math.isfinite(loss) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def paired_gain(before: Evaluation, after: Evaluation) -> tuple[float, float]:

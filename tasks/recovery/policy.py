@@ -17,6 +17,7 @@ import numpy as np
 from configs.errors import UserError
 from configs.recovery import RecoveryConfig
 from configs.schema import Config
+from tasks.checkpoints.course import AS_CONFIGURED, Course, course_of
 from tasks.checkpoints.recoveries import Recovery
 from tasks.data.skips import SkipRange, join_skips, skip_to
 from tasks.recovery.rule import Alarm, SpikeRule
@@ -123,9 +124,15 @@ def rule_of(config: Config) -> SpikeRule:
 
 
 def plan_recovery(
-    config: Config, alarm: Alarm, snapshots: Sequence[Found], history: Sequence[Recovery]
+    config: Config,
+    alarm: Alarm,
+    snapshots: Sequence[Found],
+    history: Sequence[Recovery],
+    inherited: Course = AS_CONFIGURED,
 ) -> RecoveryPlan[Found]:
     """The next try at the spike that ``alarm`` tells of; ``snapshots`` are the run's living ones by step.
+
+    ``inherited`` is the course that a branch began on.
 
     Raises :class:`SpikeUnanswered` if nothing is left to try: the budget is spent, no snapshot before the onset is
     healthy, or the policy is to stop.
@@ -144,13 +151,15 @@ def plan_recovery(
             f"{alarm.reason}; there is no healthy snapshot {_margin_tokens(config):,} tokens or more before step {alarm.onset_step}"
             f"{_tried(history)}. {_advice(config)}"
         )
-    scale = last.learning_rate_scale if last else 1.0
+    course = course_of(last) if last else inherited
+    scale = course.learning_rate_scale
     is_relapse = last is not None and alarm.onset_step - last.alarm_step <= RELAPSE_WINDOWS * _confirm_steps(config)
     return _assemble(
         config,
         alarm,
         inputs,
-        history,
+        len(history) + 1,
+        course.skips,
         policy=rule.policy,
         attempt=attempt,
         incident=again.incident if again else (last.incident if last else 0) + 1,
@@ -166,7 +175,12 @@ def plan_recovery(
 
 
 def plan_by_hand(
-    config: Config, alarm: Alarm, snapshots: Sequence[Found], history: Sequence[Recovery], wish: Wish
+    config: Config,
+    alarm: Alarm,
+    snapshots: Sequence[Found],
+    history: Sequence[Recovery],
+    wish: Wish,
+    inherited: Course = AS_CONFIGURED,
 ) -> RecoveryPlan[Found]:
     """A recovery that somebody asks for: no budget, and what ``wish`` says otherwise than the configuration.
 
@@ -183,7 +197,8 @@ def plan_by_hand(
             "recovery.margin_tokens=0"
         )
     incident = last.incident + (alarm.alarm_step > last.confirm_step) if last else 1
-    scale = _or(wish.learning_rate_scale, last.learning_rate_scale if last else 1.0)
+    course = course_of(last) if last else inherited
+    scale = _or(wish.learning_rate_scale, course.learning_rate_scale)
     settled = Wish(
         moments=wish.moments or rule.moments,
         learning_rate_scale=scale,
@@ -191,14 +206,25 @@ def plan_by_hand(
         skip_data=wish.skip_data,
     )
     attempt = last.attempt + 1 if last and incident == last.incident else 1
-    return _assemble(config, alarm, inputs, history, policy=BY_HAND, attempt=attempt, incident=incident, wish=settled)
+    return _assemble(
+        config,
+        alarm,
+        inputs,
+        len(history) + 1,
+        course.skips,
+        policy=BY_HAND,
+        attempt=attempt,
+        incident=incident,
+        wish=settled,
+    )
 
 
 def _assemble(
     config: Config,
     alarm: Alarm,
     inputs: Sequence[Found],
-    history: Sequence[Recovery],
+    number: int,
+    skips: tuple[SkipRange, ...],
     *,
     policy: str,
     attempt: int,
@@ -206,11 +232,10 @@ def _assemble(
     wish: Wish,
 ) -> RecoveryPlan[Found]:
     assert wish.moments and wish.learning_rate_scale is not None and wish.rewarm_tokens is not None
-    skips = history[-1].skips if history else ()
     if wish.skip_data:
         skips = skip_stretch(config, skips, inputs[-1].step or 0, alarm.alarm_step)
     return RecoveryPlan(
-        number=len(history) + 1,
+        number=number,
         incident=incident,
         attempt=attempt,
         policy=policy,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 
-from torch.distributed import distributed_c10d as c10d
-
+from tasks.training.rank_zero import told_by_rank_zero
 from tasks.training.worker import Worker
 
 ANSWER_SECONDS = 3600.0
@@ -18,18 +17,10 @@ REMOTE_LOOK_SECONDS = 3.0
 def await_recovery(worker: Worker, segment: int) -> bool:
     """Whether a recovery was put on record since ``segment`` ended, waiting for it; the same on every rank.
 
-    Ranks wait for rank 0 at the key-value store, not in a collective: merging may take longer than a collective may.
     Raises :class:`cluster.errors.LeaseLost` if the driver is gone and another took over.
     """
-    store = c10d.PrefixStore("recovery", c10d._get_default_store())
-    key = f"after-segment-{segment}"
-    if worker.rank == 0:
-        store.set(key, str(_look_for_it(worker)))
-    ends_at = time.monotonic() + 2 * ANSWER_SECONDS
-    while not store.check([key]) and time.monotonic() < ends_at:
-        worker.roll_call.note(worker.step, "waiting for a recovery")
-        time.sleep(LOOK_SECONDS)
-    return bool(store.get(key) == b"True")
+    worker.roll_call.note(worker.step, "waiting for a recovery")
+    return told_by_rank_zero(f"recovery/{segment}", lambda: _look_for_it(worker))
 
 
 def _look_for_it(worker: Worker) -> bool:

@@ -6,8 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from tasks.checkpoints.manifest import STATE_KEY
 from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.recoveries import Recovery
@@ -35,21 +33,13 @@ def find_resume_point(run: RunFolder) -> ResumePoint:
     """The newest snapshot that no recovery left behind; before there is one, the start of the recovery or of the run."""
     recoveries = run.recoveries()
     last = recoveries[-1] if recoveries else None
-    snapshots = run.snapshots()
+    snapshots = run.glances()
     if last is not None and (not snapshots or snapshots[-1].recovery < last.number):
         return ResumePoint(url=last.start.url, with_moments=last.moments != "reset", recovery=last)
     if snapshots:
         return ResumePoint(url=snapshots[-1].url, with_moments=True, recovery=last)
     start = run.identity().start
     return ResumePoint(url=start.url if start else None, with_moments=start is not None, recovery=last)
-
-
-def agree_on_resume_point(run: RunFolder, rank: int) -> ResumePoint:
-    """What rank 0 finds, on every rank, so that all begin with the same."""
-    choice: list[ResumePoint | None] = [find_resume_point(run) if rank == 0 else None]
-    dist.broadcast_object_list(choice, src=0)
-    assert choice[0] is not None
-    return choice[0]
 
 
 def read_scalars(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from configs.schema import Config
 from configs.training import ScheduleConfig
-from tasks.checkpoints.recoveries import Recovery
+from tasks.checkpoints.course import AS_CONFIGURED, Course
 from tasks.curves import DECAY_CURVES
 
 Phase = Literal["warmup", "stable", "decay"]
@@ -25,18 +25,13 @@ def learning_rate_at(schedule: ScheduleConfig, tokens: float, total_tokens: int)
     return peak * (floor + (1 - floor) * DECAY_CURVES[schedule.decay_shape](progress))
 
 
-def step_learning_rate(config: Config, step: int, recovery: Recovery | None = None) -> float:
+def step_learning_rate(config: Config, step: int, course: Course = AS_CONFIGURED) -> float:
     """Learning rate of the update that completes step ``step`` (from 1), taken at the middle of its tokens.
 
-    A ``recovery`` scales it, and lets it rise linearly from 0 over its ``rewarm_tokens``.
+    ``course`` is what recoveries changed of it.
     """
     middle = (step - 0.5) * config.training.batch_tokens
-    rate = learning_rate_at(config.schedule, middle, config.training.total_tokens)
-    if recovery is None:
-        return rate
-    since = middle - recovery.start.tokens_seen
-    rewarmed = min(1.0, since / recovery.rewarm_tokens) if recovery.rewarm_tokens else 1.0
-    return rate * recovery.learning_rate_scale * rewarmed
+    return learning_rate_at(config.schedule, middle, config.training.total_tokens) * course.factor_at(middle)
 
 
 def phase_at(config: Config, tokens: int) -> Phase:

@@ -54,7 +54,7 @@ def step_metrics(worker: Worker, result: StepResult, seconds: float) -> dict[str
     metrics = {
         "train/loss": result.loss,
         "train/gradient_norm": result.gradient_norm,
-        "train/learning_rate": step_learning_rate(worker.config, worker.step, worker.recovery),
+        "train/learning_rate": step_learning_rate(worker.config, worker.step, worker.course),
         "train/tokens_per_second": worker.config.training.batch_tokens / max(seconds, 1e-9),
     }
     if not result.is_applied:

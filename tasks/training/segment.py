@@ -6,11 +6,15 @@ where the run stands, so a gang that is started again simply continues.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from cluster.errors import StorageError
 from cluster.preemption import stop_requested
 from configs.load import config_from_dict
 from tasks.training.await_recovery import await_recovery
@@ -18,9 +22,12 @@ from tasks.training.memory import explain_out_of_memory
 from tasks.training.resume import ResumePoint
 from tasks.training.roll_call import open_roll_call
 from tasks.training.scribe import Scribe
-from tasks.training.signals import Signals
+from tasks.training.signals import Signals, share_signals
+from tasks.training.snapshots.flight import SnapshotFailed
 from tasks.training.snapshots.take import LossWindow, begin_snapshot, open_writer
 from tasks.training.worker import SegmentTask, Worker
+
+logger = logging.getLogger(__name__)
 
 
 def train_segment(task: SegmentTask) -> dict[str, Any]:
@@ -60,7 +67,7 @@ class Segment:
         self.worker = worker
         self.number = open_segment(worker, point)
         self.scribe = Scribe(worker, self.number) if worker.rank == 0 else None
-        self.writer = open_writer(worker)
+        self.writer = open_writer(worker, self.number)
         self.window = LossWindow(worker.carried)
 
     def train(self) -> str:
@@ -89,10 +96,27 @@ class Segment:
                 break
             signals = self._signals()
         worker.close()
-        last = self.writer.finish()
+        if reason == "completed" and self._is_alarmed_at_the_end():
+            reason = "spike"
+        last = self._finish_snapshots(reason)
         if self.scribe:
             self.scribe.close(reason, last)
         return reason
+
+    def _is_alarmed_at_the_end(self) -> bool:
+        """Whether the last step of all was the one that gave an alarm, which no further step could tell."""
+        _, heard = share_signals(torch.zeros((), device=self.worker.model.device), self._signals())
+        return heard.has_alarm
+
+    def _finish_snapshots(self, reason: str) -> Mapping[str, float]:
+        """Wait for the snapshot in flight; after a spike one that fails is of no use anyway."""
+        try:
+            return self.writer.finish()
+        except (StorageError, SnapshotFailed) as error:
+            if reason != "spike":
+                raise
+            logger.warning("the snapshot in flight when the spike was found is lost: %s", error)
+            return {}
 
     def _signals(self) -> Signals:
         """What this rank has to say at the next step."""

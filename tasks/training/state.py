@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from configs.schema import Config
+from tasks.checkpoints.course import Course, course_fields
 from tasks.checkpoints.recoveries import Recovery
 from tasks.training.schedule import phase_at, step_learning_rate
 
@@ -19,6 +19,7 @@ def build_scalars(
     optimizer_steps: int,
     guard: Mapping[str, Any],
     recovery: Recovery | None,
+    course: Course,
 ) -> dict[str, Any]:
     """Content of ``state.json``; holds no wall-clock value, so that equal states are equal bytes."""
     training = config.training
@@ -29,7 +30,7 @@ def build_scalars(
         "tokens_seen": tokens_seen,
         "schedule": {
             "phase": phase_at(config, tokens_seen),
-            "learning_rate": step_learning_rate(config, step, recovery),
+            "learning_rate": step_learning_rate(config, step, course),
             "total_tokens": training.total_tokens,
         },
         "data_position": {
@@ -42,7 +43,7 @@ def build_scalars(
     }
     if recovery is not None:
         values["recovery"] = recovery.number
-        values["data_position"]["skips"] = [dataclasses.asdict(skip) for skip in recovery.skips]
+    values |= course_fields(course)
     if guard.get("guard") != "none":
         values["guard"] = dict(guard)
     return values

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cluster.lease import check_token
 from configs.load import config_from_dict
 from configs.schema import Config
+from tasks.checkpoints.course import AS_CONFIGURED, course_of, read_course
 from tasks.checkpoints.manifest import LossStatistics
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.recoveries import Recovery
@@ -25,7 +26,8 @@ from tasks.data.stream import open_stream
 from tasks.data.tokenizer_files import tokenizer_files
 from tasks.training.drill import corrupt, poison
 from tasks.training.memory import ranks_on_this_host, require_memory
-from tasks.training.resume import ResumePoint, agree_on_resume_point, read_scalars
+from tasks.training.rank_zero import told_by_rank_zero
+from tasks.training.resume import ResumePoint, find_resume_point, read_scalars
 from tasks.training.roll_call import RollCall
 from tasks.training.router_balance import RouterBalance
 from tasks.training.schedule import step_learning_rate
@@ -98,6 +100,8 @@ class Worker:
         self.balance = RouterBalance(self.model.network, self.config.model)
         self.guard = build_guard(self.config.optimizer)
         self.recovery: Recovery | None = None
+        self.course = AS_CONFIGURED
+        self.num_restores = 0
         self.carried: LossStatistics | None = None
         self.step = 0
         self.optimizer_steps = 0
@@ -115,7 +119,7 @@ class Worker:
             batch_sequences=self.config.training.batch_sequences,
             rank=self.rank,
             world_size=self.world_size,
-            skips=self.recovery.skips if self.recovery else (),
+            skips=self.course.skips,
         )
         self.startup_phases["restore_seconds"] = round(time.perf_counter() - started, 3)
         return point
@@ -126,8 +130,10 @@ class Worker:
             self.prefetcher.close()
 
     def _restore_state(self) -> ResumePoint:
-        point = agree_on_resume_point(self.run, self.rank)
+        self.num_restores += 1
+        point = told_by_rank_zero(f"resume/{self.num_restores}", lambda: find_resume_point(self.run))
         self.recovery = point.recovery
+        self.course = course_of(point.recovery) if point.recovery else AS_CONFIGURED
         # A gang that goes on after a spike has all of these from before it.
         self.model.optimizer.state.clear()
         self.guard = build_guard(self.config.optimizer)
@@ -136,11 +142,16 @@ class Worker:
         checkpoint: Checkpoint = open_checkpoint(point.url)
         assert checkpoint.manifest is not None and checkpoint.manifest.step is not None
         scalars = read_scalars(checkpoint)
+        if point.recovery is None:
+            # A branch keeps what recoveries changed in the run that it was forked from.
+            self.course = read_course(scalars)
         self.step = checkpoint.manifest.step
         self.carried = checkpoint.manifest.loss if checkpoint.manifest.ephemeral else None
         self.optimizer_steps = int(scalars["optimizer"]["steps"]) if point.with_moments else 0
         restore_rank(self.model, checkpoint, with_moments=point.with_moments, optimizer_steps=self.optimizer_steps)
-        if guard := scalars.get("guard"):
+        guard = scalars.get("guard", {})
+        # A fork may have another guard than its run, which begins afresh.
+        if guard.get("guard") == self.config.optimizer.guard:
             self.guard.restore(guard)
         return point
 
@@ -160,7 +171,7 @@ class Worker:
             limits = [x for x in (self.config.training.max_gradient_norm, decision.max_norm) if x is not None]
             if limits:
                 self.model.clip_gradients(min(limits), norm)
-            self.model.step(step_learning_rate(self.config, self.step, self.recovery))
+            self.model.step(step_learning_rate(self.config, self.step, self.course))
             self.optimizer_steps += 1
         else:
             self.model.drop_gradients()
@@ -204,6 +215,7 @@ class Worker:
             optimizer_steps=self.optimizer_steps,
             guard=self.guard.state(),
             recovery=self.recovery,
+            course=self.course,
         )
 
     def _forward_and_backward(self, batch: Batch) -> torch.Tensor:
@@ -245,8 +257,7 @@ class Worker:
         if drill.poison == "none":
             return batch
         first = self.step * self.config.training.batch_sequences + self.rank * len(batch.tokens_BS1)
-        skips = self.recovery.skips if self.recovery else ()
-        positions = skip_to(np.arange(first, first + len(batch.tokens_BS1), dtype=np.int64), skips)
+        positions = skip_to(np.arange(first, first + len(batch.tokens_BS1), dtype=np.int64), self.course.skips)
         poisoned = poison(
             torch.from_numpy(batch.tokens_BS1),
             positions,

@@ -20,6 +20,7 @@ from configs.schema import Config
 from pipelines import recover as recover_pipeline
 from pipelines.gangs import train_to_end
 from pipelines.gc import survey
+from pipelines.pretrain import start_point
 from pipelines.recover import recover
 from pipelines.run_lease import hold_run
 from pipelines.status import status
@@ -88,7 +89,8 @@ def test_every_decision_is_on_record(recovered: RunFolder) -> None:
     assert [kind for kind in kinds if kind in ("spike", "recovery", "recovered")] == ["spike", "recovery", "recovered"]
     scalars = json.loads(recovered.store.read("snapshots/step-000000050-r01/state.json"))
     assert scalars["recovery"] == 1
-    assert scalars["data_position"]["skips"] == [{"at": 160, "count": 24}]  # Steps 40 to 46 of 4 sequences.
+    assert scalars["course"]["skips"] == [{"at": 160, "count": 24}]  # Steps 40 to 46 of 4 sequences.
+    assert (scalars["course"]["learning_rate_scale"], scalars["course"]["rewarm_tokens"]) == (1.0, 640)
     assert scalars["optimizer"]["steps"] == 50
 
 
@@ -224,6 +226,18 @@ def test_recover_command_refuses_before_anything_is_written(finished: tuple[RunF
         recover(run.url, Wish(), onset=46)
     assert recover(run.url, Wish(), onset=46, dry_run=True)["start_step"] == 40
     assert run.recoveries() == [] and run.merged() == {}
+
+
+def test_branch_of_a_recovered_run_keeps_its_course(recovered: RunFolder, tmp_path: Path) -> None:
+    """A fork reads on where its run would have: neither what was skipped nor at another learning rate."""
+    start = start_point(recovered, 60)
+    branch, config = RunFolder(f"{recovered.url}/branches/same"), small(*NAN_AT_45)
+    branch.begin(config, start)
+    train(branch, config)
+    mine, theirs = branch.snapshots(), recovered.snapshots()[-2:]
+    assert [(s.step, s.digest) for s in mine] == [(s.step, s.digest) for s in theirs]
+    scalars = json.loads(branch.store.read("snapshots/step-000000070/state.json"))
+    assert scalars["course"]["skips"] == [{"at": 160, "count": 24}]
 
 
 def test_trained_run_is_not_trained_any_more_after_a_recovery(finished: tuple[RunFolder, Config]) -> None:

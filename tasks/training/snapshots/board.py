@@ -58,9 +58,10 @@ class SnapshotBoard:
     Every method raises :class:`torch.distributed.DistError` if the store is gone, as it is when rank 0 is.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, segment: int = 0) -> None:
+        """Snapshots are numbered anew in every ``segment``, which the same processes may make several of."""
         self.rank, self.world_size = rank, world_size
-        self._store = PrefixStore("pma-snapshots", store)
+        self._store = PrefixStore(f"pma-snapshots/{segment}", store)
 
     def report(self, number: int, report: RankReport) -> None:
         """Say that this rank has written its share of snapshot ``number``."""
@@ -103,11 +104,11 @@ class SnapshotBoard:
             self._store.delete_key(key)
 
 
-def open_board(rank: int, world_size: int) -> SnapshotBoard:
-    """The board of the gang whose default process group this process is in; not collective."""
+def open_board(rank: int, world_size: int, segment: int = 0) -> SnapshotBoard:
+    """The board of a ``segment`` of the gang whose default process group this process is in; not collective."""
     # There is no public way to the store that init_process_group made.
     store: Any = distributed_c10d._get_default_store()
-    return SnapshotBoard(store.clone(), rank, world_size)
+    return SnapshotBoard(store.clone(), rank, world_size, segment)
 
 
 def _report_key(number: int, rank: int) -> str:

@@ -7,13 +7,14 @@ other listens on the board for the outcome, so that a rank hears of another's fa
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from cluster.errors import LeaseLost, StorageDenied, StorageError, StorageFull
+from cluster.errors import LeaseExpired, LeaseLost, StorageDenied, StorageError, StorageFull
 from cluster.storage import Store
 from tasks.checkpoints.manifest import Shard
 from tasks.training.snapshots.board import Outcome, RankReport, SnapshotBoard
@@ -28,8 +29,11 @@ GRACE_SECONDS = 60.0
 """By which the others' patience is longer than rank 0's, which can say who is missing."""
 FIRST_LOOK_SECONDS, LAST_LOOK_SECONDS = 0.01, 0.5
 """Between looks at the board: rarer the longer it takes."""
+LEASE_LOOK_SECONDS = 1.0
+"""Between looks at a lease that expired unrenewed."""
 LINGER_SECONDS = 5.0
 """How long rank 0, whose process keeps the board, stays for the others to read the outcome."""
+logger = logging.getLogger(__name__)
 
 
 class SnapshotFailed(Exception):
@@ -37,7 +41,7 @@ class SnapshotFailed(Exception):
 
 
 ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (LeaseLost, StorageError, StorageDenied, StorageFull)
+    kind.__name__: kind for kind in (LeaseExpired, LeaseLost, StorageError, StorageDenied, StorageFull)
 }
 """Causes that every rank raises as what they are, so that a driver can tell them; all others are :class:`SnapshotFailed`."""
 
@@ -49,7 +53,8 @@ class Terms:
     board: SnapshotBoard
     """Where ranks report."""
     check_lease: Callable[[], None]
-    """Raises :class:`cluster.errors.LeaseLost` if another driver took the run over."""
+    """Raises :class:`cluster.errors.LeaseLost` if another driver took the run over, and its subclass
+    :class:`cluster.errors.LeaseExpired` if the driver has not renewed in time and may yet: then it is asked again."""
     pauses_seconds: tuple[float, ...] = PAUSES_SECONDS
     """Between attempts to write an object."""
     patience_seconds: float = PATIENCE_SECONDS
@@ -67,6 +72,7 @@ class Flight:
         self._share: HostShare | None = share
         self._begun = time.perf_counter()
         self._has_uploaded = threading.Event()
+        self._uploaded_at = math.inf
         self._has_left_board = threading.Event()
         self._retries = Retries(pauses_seconds=terms.pauses_seconds)
         self._outcome: Outcome | None = None
@@ -114,6 +120,7 @@ class Flight:
         shards = [self._write(item) for item in share_objects(self._share)]
         # A second copy of the rank's state in memory: given up before waiting for others.
         self._share = None
+        self._uploaded_at = time.monotonic()
         self._has_uploaded.set()
         seconds = time.perf_counter() - self._begun
         return RankReport(shards=tuple(shards), upload_seconds=seconds, bytes=sum(shard.bytes for shard in shards))
@@ -138,8 +145,21 @@ class Flight:
         return Outcome(is_committed=True, metrics=metrics)
 
     def _check_lease(self) -> None:
-        self._retries.check()
-        self._retries.run(self._terms.check_lease, f"the lease of {self._store.url}")
+        """Return once the lease is in force, and raise if it is lost, or stays expired until the others' patience ends."""
+        is_told = False
+        while True:
+            self._retries.check()
+            try:
+                return self._retries.run(self._terms.check_lease, f"the lease of {self._store.url}")
+            except LeaseExpired as expired:
+                # An outage kept the driver from renewing: it tries on, and succeeds unless another took over.
+                if time.monotonic() > self._uploaded_at + self._terms.patience_seconds:
+                    raise
+                if not is_told:
+                    logger.warning("%s waits for its lease to be renewed: %s", self._store.url, expired)
+                is_told = True
+                if self._retries.abandon.wait(LEASE_LOOK_SECONDS):
+                    raise Abandoned("lease") from expired
 
     def _failure(self, error: Exception) -> Outcome:
         kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS]

@@ -62,9 +62,9 @@ class LossWindow:
         )
 
 
-def open_writer(worker: Worker) -> SnapshotWriter:
-    """The writer of this rank for one segment; every rank opens one."""
-    board = open_board(worker.rank, worker.world_size)
+def open_writer(worker: Worker, segment: int) -> SnapshotWriter:
+    """The writer of this rank for ``segment``; every rank opens one."""
+    board = open_board(worker.rank, worker.world_size, segment)
     return SnapshotWriter(worker.run.store, Terms(board=board, check_lease=worker.check_lease))
 
 
@@ -98,7 +98,7 @@ def facts_of(worker: Worker, window: LossWindow, segment: int, *, ephemeral: boo
         step=worker.step,
         tokens_seen=worker.tokens_seen,
         phase=phase_at(config, worker.tokens_seen),
-        learning_rate=step_learning_rate(config, worker.step, worker.recovery),
+        learning_rate=step_learning_rate(config, worker.step, worker.course),
         loss=window.statistics(),
         scalars=worker.scalars(),
         files={"config.json": network.to_json_string(use_diff=False).encode(), **worker.tokenizer_files},

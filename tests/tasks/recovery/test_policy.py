@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.recovery import RecoveryConfig
 from configs.schema import Config
+from tasks.checkpoints.course import Course, course_fields, course_of, read_course
 from tasks.checkpoints.recoveries import Recovery
 from tasks.checkpoints.start_point import StartPoint
 from tasks.data.skips import SkipRange, join_skips, skip_to
@@ -180,10 +182,11 @@ def test_learning_rate_after_a_recovery_rises_again_and_is_scaled() -> None:
         learning_rate_scale=0.5,
         rewarm_tokens=10 * BATCH,
     )
+    course = course_of(recovery)
     peak = config.schedule.peak_learning_rate
-    assert step_learning_rate(config, 351, recovery) == pytest.approx(0.5 * peak * 0.05)
-    assert step_learning_rate(config, 360, recovery) == pytest.approx(0.5 * peak * 0.95)
-    assert step_learning_rate(config, 361, recovery) == pytest.approx(0.5 * peak)
+    assert step_learning_rate(config, 351, course) == pytest.approx(0.5 * peak * 0.05)
+    assert step_learning_rate(config, 360, course) == pytest.approx(0.5 * peak * 0.95)
+    assert step_learning_rate(config, 361, course) == pytest.approx(0.5 * peak)
     assert step_learning_rate(config, 361) == pytest.approx(peak)
 
 
@@ -197,3 +200,13 @@ def test_by_hand_takes_wishes_and_needs_no_budget() -> None:
     assert (plan.policy, plan.attempt, plan.skips) == ("by hand", 2, first.skips)
     with pytest.raises(UserError, match=r"leaves 1 healthy snapshots .* healthy ones: 50, 100"):
         plan_by_hand(config, alarm_at(90, 120), placed(50, 100), [], Wish(count=3))
+
+
+def test_branch_of_a_recovered_run_recovers_on_top_of_its_course() -> None:
+    inherited = Course(learning_rate_scale=0.5, skips=(SkipRange(at=800, count=160),))
+    assert read_course(json.loads(json.dumps(course_fields(inherited)))) == inherited
+    assert course_fields(Course()) == {} and read_course({}) == Course()
+    plan = plan_recovery(config_with(), alarm_at(410, 460), placed(*range(250, 500, 50)), [], inherited)
+    assert plan.learning_rate_scale == 0.5
+    # Steps 350 to 460 lie 160 sequences further along the stream.
+    assert plan.skips == (SkipRange(at=800, count=160), SkipRange(at=350 * SEQUENCES + 160, count=110 * SEQUENCES))
