@@ -1,22 +1,30 @@
 """The metrics journal: what was measured, as new objects under the run URL, before anyone forwards it.
 
 Each object holds JSON lines ``{"step", "tokens", "time", "metrics": {...}}`` of one writer. Nothing
-is appended to or rewritten. A gang that goes back to a snapshot journals the replayed steps again
+is appended to or rewritten. Storage that is away does not end training: lines wait for it, within a bound. A gang that goes back to a snapshot journals the replayed steps again
 under a later segment; readers keep the latest segment's word for each step.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from cluster.errors import ObjectExists
+from cluster.errors import ObjectExists, StorageDenied, StorageError, StorageFull
 from cluster.storage import Store
 
 FOLDER = "journal"
 FIRST_FLUSH_SECONDS = 2.0
 LAST_FLUSH_SECONDS = 60.0
+KEPT_LINES = 20_000
+"""Lines that wait for storage, beside one object under way: some 10 MB, or five hours at a step a second. Older ones are lost."""
+FLUSH_PAUSES_SECONDS = (0.5, 1.0, 2.0)
+"""Between the attempts of a flush that somebody asked for, during which the gang waits."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,40 +46,87 @@ class JournalWriter:
 
     Flushes are frequent at first, for whoever watches the start, and rarer as the segment ages (a
     twentieth of its age, between 2 s and 60 s), so that weeks of training stay thousands of objects.
+
+    No outage of storage raises: it is logged once, and lines wait for a later flush, :data:`KEPT_LINES` of them at most. Raises
+    :class:`cluster.errors.ObjectExists` alone, if another writer journals the same segment.
     """
 
-    def __init__(self, store: Store, segment: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        segment: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.store = store
         self.segment = segment
-        self._lines: list[str] = []
-        self._first_step = 0
+        self._clock, self._sleep = clock, sleep
+        self._lines: deque[tuple[int, str]] = deque(maxlen=KEPT_LINES)
+        self._under_way: tuple[str, bytes] | None = None
+        self._has_failed = False
+        self._num_lost = 0
         self._flushed_step = -1
         self._flushes_of_step = 0
-        self._started_at = self._flushed_at = time.monotonic()
+        self._started_at = self._flushed_at = clock()
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        """Add one measurement; flushes when that is due."""
-        if not self._lines:
-            self._first_step = step
-        self._lines.append(json.dumps({"step": step, "tokens": tokens, "time": time.time(), "metrics": metrics}))
-        age = time.monotonic() - self._started_at
-        if time.monotonic() - self._flushed_at > min(LAST_FLUSH_SECONDS, max(FIRST_FLUSH_SECONDS, age / 20)):
-            self.flush()
+        """Add one measurement; flushes when that is due, in a single attempt."""
+        self._num_lost += len(self._lines) == KEPT_LINES
+        line = json.dumps({"step": step, "tokens": tokens, "time": time.time(), "metrics": metrics})
+        self._lines.append((step, line))
+        age = self._clock() - self._started_at
+        if self._clock() - self._flushed_at > min(LAST_FLUSH_SECONDS, max(FIRST_FLUSH_SECONDS, age / 20)):
+            self._flush(())
 
     def flush(self) -> None:
-        """Write what is buffered as one new object."""
-        if self._lines:
-            again = 0
-            if self._first_step == self._flushed_step:
-                self._flushes_of_step += 1
-                again = self._flushes_of_step
-            else:
-                self._flushes_of_step = 0
-            key = journal_key(self.segment, self._first_step, again)
-            self.store.create(key, ("\n".join(self._lines) + "\n").encode())
-            self._flushed_step = self._first_step
-        self._lines = []
-        self._flushed_at = time.monotonic()
+        """Write what is buffered as one new object, tried again after each of :data:`FLUSH_PAUSES_SECONDS`."""
+        self._flush(FLUSH_PAUSES_SECONDS)
+
+    def _flush(self, pauses_seconds: tuple[float, ...]) -> None:
+        for pause in (*pauses_seconds, None):
+            try:
+                self._write()
+                break
+            except ObjectExists:
+                raise
+            except StorageError as error:
+                if pause is None or isinstance(error, (StorageDenied, StorageFull)):
+                    self._warn(error)
+                    break
+            self._sleep(pause)
+        self._flushed_at = self._clock()
+
+    def _write(self) -> None:
+        """Write the object that is under way, then one of the lines that came after it."""
+        while self._under_way or self._lines:
+            if self._under_way is None:
+                self._under_way = self._take_lines()
+            key, data = self._under_way
+            try:
+                self.store.create(key, data)
+            except ObjectExists:
+                # An earlier attempt may have been carried out and its answer lost.
+                if self.store.read(key) != data:
+                    raise
+            self._under_way = None
+        if self._has_failed:
+            logger.info("the journal of %s is written again; %d lines were lost", self.store.url, self._num_lost)
+        self._has_failed, self._num_lost = False, 0
+
+    def _take_lines(self) -> tuple[str, bytes]:
+        """Key and bytes of the next object; they stay the same however often it is tried."""
+        first_step = self._lines[0][0]
+        self._flushes_of_step = self._flushes_of_step + 1 if first_step == self._flushed_step else 0
+        self._flushed_step = first_step
+        data = "".join(f"{line}\n" for _, line in self._lines).encode()
+        self._lines.clear()
+        return journal_key(self.segment, first_step, self._flushes_of_step), data
+
+    def _warn(self, error: StorageError) -> None:
+        if not self._has_failed:
+            logger.warning("the journal of %s waits for storage, up to %d lines: %s", self.store.url, KEPT_LINES, error)
+        self._has_failed = True
 
 
 def journal_key(segment: int, first_step: int, again: int = 0) -> str:

@@ -195,7 +195,9 @@ class Lease:
                 return
             except StorageError as error:
                 if not failures:
-                    logger.warning("lease %r of %s could not be renewed (%s); trying on", self.name, self.store.url, error)
+                    logger.warning(
+                        "lease %r of %s could not be renewed (%s); trying on", self.name, self.store.url, error
+                    )
                 failures += 1
             else:
                 if failures:

@@ -15,7 +15,8 @@ from cluster.fan_out import fan_out_ray
 from cluster.gang import GangSize, WorkerLost, run_gang
 from cluster.journal import write_event
 from cluster.lease import Lease
-from cluster.storage import open_store
+from cluster.outages import outages_logged
+from cluster.storage import Store, open_store
 from configs.errors import UserError
 from configs.load import config_to_dict
 from configs.schema import Config
@@ -176,10 +177,16 @@ def _on_ray(task: Any, config: Config, name: str, on_wait: Callable[[], object])
             ),
             name=name,
             on_wait=_one_after_the_other(growth.look, on_wait),
-            on_interrupt=lambda: write_request(store, task.request_key, "stop"),
+            on_interrupt=lambda: _ask_to_stop(store, task.request_key),
         )
     finally:
-        store.delete(task.request_key)
+        with outages_logged(f"the removal of {task.request_key}"):
+            store.delete(task.request_key)
+
+
+def _ask_to_stop(store: Store, request_key: str) -> None:
+    with outages_logged("asking the gang to stop"):
+        write_request(store, request_key, "stop")
 
 
 def _free_beside(size: int, *, with_gpus: bool) -> Callable[[str | None], int]:

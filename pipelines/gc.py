@@ -19,12 +19,15 @@ from tasks.checkpoints.catalog import Catalog, Glance
 from tasks.checkpoints.collect import Collection, collect
 from tasks.checkpoints.dooms import merges_made, names_going, without_gone
 from tasks.checkpoints.pins import pins_in_force
+from tasks.checkpoints.recoveries import Recovery
 from tasks.checkpoints.retention import (
     Holdings,
     RetentionPlan,
+    SpikeReach,
     folder_of,
     join_reasons,
     plan_retention,
+    reasons_of_recoveries,
     reasons_of_registered,
     reasons_of_segments,
     reasons_of_starts,
@@ -33,6 +36,7 @@ from tasks.checkpoints.run_folder import RUN_KEY, RUN_LEASE, RunFolder
 from tasks.evaluation.held_out import evaluation_key, suite_of
 from tasks.merging.pending import reasons_of_windows
 from tasks.merging.schedule import kept_merges, schedule_of
+from tasks.recovery.reach import reach_of
 
 VERSION_MARK = "version/"
 """Begins the tracking cursor's items of registered merges; the rest is their digest."""
@@ -82,28 +86,58 @@ def survey(run: RunFolder, config: Config, now: float) -> RetentionPlan:
     catalog.refresh()
     snapshots = without_gone(run.store, catalog.snapshots())
     left = without_gone(run.store, catalog.left_behind())
-    merged = {folder_of(glance): glance for glance in without_gone(run.store, catalog.merged().values())}
+    merged = _by_name(without_gone(run.store, catalog.merged().values()))
+    left_merges = _by_name(without_gone(run.store, catalog.left_behind_merges().values()))
+    all_merged, recoveries, segments = {**merged, **left_merges}, run.recoveries(), run.segments()
     rows = schedule_of(config)
     ends = config.training.total_tokens if snapshots and snapshots[-1].kind == "training" else None
     holdings = [(f"snapshots/{folder_of(s)}", s) for s in (*snapshots, *left)] + [
-        (f"merged/{n}", g) for n, g in merged.items()
+        (f"merged/{n}", g) for n, g in all_merged.items()
     ]
     branches = {name: run.branch(name) for name in run.branches() if run.branch(name).store.exists(RUN_KEY)}
     needed = join_reasons(
         {name: [f"pinned by {owner}"] for name, owner in pins.items()},
-        reasons_of_windows(snapshots, rows, merges_made(run.store, merged), last_tokens=ends),
+        reasons_of_windows(snapshots, rows, merges_made(run.store, all_merged), last_tokens=ends),
         reasons_of_starts({n: start for n, b in branches.items() if (start := b.identity().start)}, holdings),
-        reasons_of_segments(run.segments(), snapshots),
-        reasons_of_registered(registered_digests(run.store), _merges(merged, branches), holdings),
+        reasons_of_segments(segments, snapshots),
+        reasons_of_recoveries({recovery.number: recovery.start for recovery in recoveries}, all_merged),
+        reasons_of_registered(registered_digests(run.store), _merges(all_merged, branches), holdings),
         _reasons_of_evaluation(run, config, holdings) if is_evaluating else {},
     )
     surplus = set(merged) - kept_merges(list(merged.items()), rows)
     return plan_retention(
-        Holdings(snapshots=tuple(snapshots), merged=merged, needed=needed, surplus=surplus, left_behind=tuple(left)),
+        Holdings(
+            snapshots=tuple(snapshots),
+            merged=merged,
+            needed=needed,
+            surplus=surplus,
+            left_behind=tuple(left),
+            left_behind_merges=left_merges,
+            reach=_reach(config, snapshots, segments, recoveries),
+        ),
         config.retention,
         interval_tokens=config.snapshots.interval_tokens,
         now=now,
     )
+
+
+def _reach(
+    config: Config,
+    snapshots: Sequence[Glance],
+    segments: Sequence[Mapping[str, Any]],
+    recoveries: Sequence[Recovery],
+) -> SpikeReach | None:
+    """What recoveries may ask for; None before training begins, and once it is at its end without a spike."""
+    if not snapshots:
+        return None
+    is_spike = bool(segments) and (segments[-1]["end"] or {}).get("reason") == "spike"
+    if (snapshots[-1].tokens_seen or 0) >= config.training.total_tokens and not is_spike:
+        return None
+    return reach_of(config, snapshots[-1].step or 0, recoveries)
+
+
+def _by_name(merges: Iterable[Glance]) -> dict[str, Glance]:
+    return {folder_of(glance): glance for glance in merges}
 
 
 def registered_digests(store: Store) -> set[str]:
@@ -140,7 +174,7 @@ def _merges(merged: Mapping[str, Glance], branches: Mapping[str, RunFolder]) -> 
     for branch in branches.values():
         catalog = Catalog(branch.store)
         catalog.refresh()
-        found += catalog.merged().values()
+        found += catalog.all_merged().values()
     return found
 
 

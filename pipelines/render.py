@@ -126,8 +126,8 @@ def render_status(result: dict[str, Any]) -> str:
         f"lease {row['name']}: {row['owner']}, for {format_seconds(row['age_seconds'])}, expires in {row['expires_in_seconds']} s"
         for row in result["leases"]
     ]
-    if left := (len(result["left_behind"]), len(result["left_behind_merges"])):
-        lines += [f"left behind by a recovery: snapshots {left[0]}, merged {left[1]}"] if any(left) else []
+    left = len(result["left_behind"]), len(result["left_behind_merges"])
+    lines += [f"left behind by a recovery: snapshots {left[0]}, merged {left[1]}"] if any(left) else []
     lines += [f"due {name}" for name in result["due"][:5]]
     lines += [f"... and {len(result['due']) - 5} more due"] if len(result["due"]) > 5 else []
     lines += [f"branch {name}" for name in result["branches"]]

@@ -41,7 +41,9 @@ def status(run_url: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         return {"loss": losses.get(key), "evaluated": key in losses}
 
     snapshots, merged = catalog.snapshots(), catalog.merged()
-    due = due_merges(without_gone(run.store, snapshots), schedule_of(config), merges_made(run.store, catalog.all_merged()))
+    due = due_merges(
+        without_gone(run.store, snapshots), schedule_of(config), merges_made(run.store, catalog.all_merged())
+    )
     return {
         "run": run.url,
         "name": config.name,

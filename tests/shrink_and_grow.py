@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.lose_nodes import PATIENCE_SECONDS, POLL_SECONDS, lose, trains
+from tests.lose_nodes import POLL_SECONDS, lose, trains
+
+PATIENCE_SECONDS = 300
 
 
 def main(run_url: str, overrides: tuple[str, ...]) -> None:

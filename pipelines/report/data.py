@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,11 +103,12 @@ def gather(run_url: str) -> ReportData:
 
 
 def _evaluated_snapshots(run: RunFolder, config: Config) -> list[Evaluated]:
+    """Those with a finite loss: another has no place on an axis, and ``pma status`` names it."""
     suite = suite_of(config)
     rows = []
     for snapshot in run.snapshots():
         evaluation = read_evaluation(run.store, snapshot.manifest.digest, suite)
-        if evaluation is not None:
+        if evaluation is not None and math.isfinite(evaluation.loss):
             rows.append(Evaluated(name=f"step {snapshot.step}", manifest=snapshot.manifest, evaluation=evaluation))
     return rows
 
@@ -116,7 +118,7 @@ def _evaluated_merges(run: RunFolder, config: Config) -> list[Evaluated]:
     rows = []
     for name, manifest in run.merged().items():
         evaluation = read_evaluation(run.store, manifest.digest, suite)
-        if evaluation is not None:
+        if evaluation is not None and math.isfinite(evaluation.loss):
             rows.append(Evaluated(name=name, manifest=manifest, evaluation=evaluation))
     return sorted(rows, key=lambda row: row.tokens)
 

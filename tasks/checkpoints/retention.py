@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from configs.merging import RetentionConfig
@@ -16,10 +16,21 @@ from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.pins import checkpoint_name
 from tasks.checkpoints.start_point import StartPoint
 
+LEFT_BEHIND = "left behind by a recovery"
 RECOVERY_COUNT = 3
 """Healthy snapshots before a spike that recovery merges (the paper's N for it, arXiv 2505.12082)."""
 Reasons = Mapping[str, Sequence[str]]
 """Folder below the run, as ``snapshots/step-000001000``, to why it must stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikeReach:
+    """What recoveries from a spike that is yet to come, or to come back, may ask for."""
+
+    count: int
+    """Healthy snapshots that the last try needs."""
+    limit_tokens: int
+    """Tokens seen by the newest that the last try may use; earlier tries use later ones. Negative early in a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +40,17 @@ class Holdings:
     snapshots: tuple[Glance, ...]
     """By step."""
     merged: Mapping[str, Glance]
-    """By name."""
+    """By name, without those left behind."""
     needed: Reasons
-    """What pins, windows, branches, segments and registered versions need."""
+    """What pins, windows, branches, segments, recoveries' starts and registered versions need."""
     surplus: Collection[str]
     """Names of merges that the schedule gives away."""
     left_behind: tuple[Glance, ...] = ()
     """Snapshots that a recovery left behind, by step."""
+    left_behind_merges: Mapping[str, Glance] = field(default_factory=dict)
+    """Merges that end on a way which a recovery left behind, by name."""
+    reach: SpikeReach | None = None
+    """What recoveries may ask for; None where none will be made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +97,18 @@ def plan_retention(holdings: Holdings, policy: RetentionConfig, *, interval_toke
     keep = join_reasons(
         holdings.needed,
         reasons_of_policy(holdings.snapshots, policy, interval_tokens=interval_tokens, now=now),
-        reasons_of_health(holdings.snapshots),
+        reasons_of_health(holdings.snapshots, holdings.reach),
     )
     rows = [_row(f"snapshots/{folder_of(glance)}", glance, keep, _why_gone(glance)) for glance in holdings.snapshots]
-    keep_left = join_reasons(holdings.needed, reasons_of_age(holdings.left_behind, policy, now=now))
-    rows += [_row(f"snapshots/{folder_of(g)}", g, keep_left, "left behind by a recovery") for g in holdings.left_behind]
-    for name, glance in sorted(holdings.merged.items()):
+    left = [(f"snapshots/{folder_of(glance)}", glance) for glance in holdings.left_behind]
+    left_merges = [(f"merged/{name}", glance) for name, glance in holdings.left_behind_merges.items()]
+    keep_left = join_reasons(holdings.needed, reasons_of_age([*left, *left_merges], policy, now=now))
+    rows += [_row(folder, glance, keep_left, LEFT_BEHIND) for folder, glance in left]
+    merges = [_row(folder, glance, keep_left, LEFT_BEHIND) for folder, glance in left_merges]
+    for name, glance in holdings.merged.items():
         own = {} if name in holdings.surplus else {f"merged/{name}": ["merged checkpoint"]}
-        rows.append(_row(f"merged/{name}", glance, join_reasons(own, keep), "beyond keep_last of its schedule row"))
-    return RetentionPlan(rows=tuple(rows))
+        merges.append(_row(f"merged/{name}", glance, join_reasons(own, keep), "beyond keep_last of its schedule row"))
+    return RetentionPlan(rows=(*rows, *sorted(merges, key=lambda row: row.name)))
 
 
 def reasons_of_policy(
@@ -116,18 +134,29 @@ def reasons_of_policy(
     return found
 
 
-def reasons_of_age(left_behind: Sequence[Glance], policy: RetentionConfig, *, now: float) -> dict[str, list[str]]:
-    """Why what a recovery left behind stays for now: as evidence, as long as the policy's age says; always without a policy."""
+def reasons_of_age(
+    left_behind: Iterable[tuple[str, Glance]], policy: RetentionConfig, *, now: float
+) -> dict[str, list[str]]:
+    """Why what a recovery left behind, by folder, stays for now.
+
+    As evidence: as long as the policy's age says, and always without a policy. Ephemeral snapshots are none.
+    """
     found: dict[str, list[str]] = {}
-    for glance in _lasting(left_behind):
+    for folder, glance in left_behind:
+        if glance.ephemeral:
+            continue
         is_young = policy.keep_hours is not None and (now - glance.created) / 3600 < policy.keep_hours
         rules = {"no retention rule is set": not policy.is_set, f"younger than {policy.keep_hours} h": is_young}
-        found[f"snapshots/{folder_of(glance)}"] = [rule for rule, holds in rules.items() if holds]
+        found[folder] = [rule for rule, holds in rules.items() if holds]
     return found
 
 
-def reasons_of_health(snapshots: Sequence[Glance]) -> dict[str, list[str]]:
-    """The newest, to resume from; of the lasting ones the newest healthy, and before the last spike those to recover from."""
+def reasons_of_health(snapshots: Sequence[Glance], reach: SpikeReach | None = None) -> dict[str, list[str]]:
+    """The newest, to resume from; of the lasting ones the newest healthy, and those to recover from.
+
+    These are the last three before the last non-finite step and, for a spike that is not found yet, what ``reach`` says:
+    the last ``reach.count`` up to its limit for the last try, and all after it for the tries before and for spikes to come.
+    """
     newest, snapshots = snapshots[-1:], _lasting(snapshots)
     healthy = [snapshot for snapshot in snapshots if snapshot.healthy]
     found = [(newest, "newest: training resumes here"), (healthy[-1:], "newest healthy")]
@@ -136,6 +165,10 @@ def reasons_of_health(snapshots: Sequence[Glance]) -> dict[str, list[str]]:
         onset = next(i for i in reversed(sick) if i == 0 or snapshots[i - 1].healthy)
         before = [snapshot for snapshot in snapshots[:onset] if snapshot.healthy]
         found.append((before[-RECOVERY_COUNT:], "healthy before the last spike"))
+    if reach is not None:
+        trained = [snapshot for snapshot in healthy if snapshot.kind == "training"]
+        early = [snapshot for snapshot in trained if (snapshot.tokens_seen or 0) <= reach.limit_tokens]
+        found.append(([*early[-reach.count :], *trained[len(early) :]], "a recovery from a spike may need it"))
     return join_reasons(*({f"snapshots/{folder_of(s)}": [why] for s in chosen} for chosen, why in found))
 
 
@@ -147,6 +180,15 @@ def reasons_of_starts(starts: Mapping[str, StartPoint], holdings: Iterable[tuple
         for name, start in starts.items()
         if start.url == glance.url or (start.step, start.digest) == (glance.step, glance.digest)
     }
+
+
+def reasons_of_recoveries(starts: Mapping[int, StartPoint], merges: Iterable[str]) -> dict[str, list[str]]:
+    """Merges (by name) from which recoveries (by number) went on: the run's history, also where that way was left again."""
+    # By name, so that a run that was moved keeps its starts.
+    places = {number: checkpoint_name(start.url) for number, start in starts.items()}
+    numbers = {place[1]: number for number, place in places.items() if place is not None}
+    folders = [f"merged/{name}" for name in merges]
+    return {folder: [f"start of recovery {numbers[folder]}"] for folder in folders if folder in numbers}
 
 
 def reasons_of_segments(segments: Sequence[Mapping[str, Any]], snapshots: Sequence[Glance]) -> dict[str, list[str]]:

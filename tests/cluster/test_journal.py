@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cluster.errors import ObjectExists, StorageError
+from cluster import journal
+from cluster.errors import ObjectExists, StorageDenied, StorageError, StorageFull
 from cluster.journal import (
+    FLUSH_PAUSES_SECONDS,
+    LAST_FLUSH_SECONDS,
     JournalWriter,
     Measurement,
     journal_key,
@@ -20,6 +24,7 @@ from cluster.journal import (
     write_event,
 )
 from cluster.storage import Store, open_store
+from tests.faulty_store import FaultyStore
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -119,19 +124,130 @@ def test_journal_written_object_is_never_rewritten(store: Store) -> None:
     assert losses(read_journal(store)) == dict.fromkeys(range(1, 4), 1.0)
 
 
-def test_journal_failed_flush_keeps_the_measurements(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = JournalWriter(store, 1)
+class Away:
+    """A ``fail`` for a store that is away while a test says so, and counts the attempts."""
+
+    def __init__(self) -> None:
+        self.is_away = True
+        self.attempts = 0
+
+    def __call__(self, method: str, _key: str) -> bool:
+        self.attempts += method == "create"
+        return self.is_away
+
+
+class Clock:
+    """Seconds that pass when something sleeps or a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def writer_with(store: Store, fail: Callable[[str, str], bool]) -> tuple[JournalWriter, Clock]:
+    clock = Clock()
+    return JournalWriter(FaultyStore(store, fail), 1, clock=clock, sleep=clock.sleep), clock
+
+
+def test_journal_timed_flush_in_an_outage_waits_and_says_so_once(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = Away()
+    writer, clock = writer_with(store, away)
+    for step in range(1, 101):
+        clock.now += 3.0
+        writer.log(step, step, {"train/loss": float(step)})
+    away.is_away = False
+    clock.now += LAST_FLUSH_SECONDS
+    writer.log(101, 101, {"train/loss": 101.0})
+    # Due after 2 s until the segment is 60 s old: one attempt each, and none that makes the gang wait.
+    assert away.attempts > 20
+    assert clock.now == 300.0 + LAST_FLUSH_SECONDS
+    assert losses(read_journal(store)) == {step: float(step) for step in range(1, 102)}
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    # Another outage is another line.
+    away.is_away = True
+    writer.log(102, 102, {})
+    writer.flush()
+    assert [record.levelname for record in caplog.records].count("WARNING") == 2
+
+
+def test_journal_flush_before_a_snapshot_tries_again_then_keeps_the_lines(store: Store) -> None:
+    away = Away()
+    writer, clock = writer_with(store, away)
     writer.log(1, 1, {"train/loss": 1.0})
+    writer.flush()
+    assert (away.attempts, clock.now) == (1 + len(FLUSH_PAUSES_SECONDS), sum(FLUSH_PAUSES_SECONDS))
+    assert read_journal(store) == []
+    writer.log(2, 2, {"train/loss": 2.0})
+    away.is_away = False
+    writer.flush()
+    assert losses(read_journal(store)) == {1: 1.0, 2: 2.0}
+    assert journal_keys(store) == [journal_key(1, 1), journal_key(1, 2)]
 
-    def away(key: str, data: bytes) -> None:
-        raise StorageError("storage is away")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "create", away)
-        with pytest.raises(StorageError):
-            writer.flush()
+def test_journal_flush_before_a_snapshot_outlives_a_short_outage(store: Store) -> None:
+    failures = iter([True, True, True])
+    writer, _ = writer_with(store, lambda method, _: method == "create" and next(failures, False))
+    writer.log(1, 1, {"train/loss": 1.0})
     writer.flush()
     assert losses(read_journal(store)) == {1: 1.0}
+
+
+@pytest.mark.parametrize("kind", [StorageDenied, StorageFull])
+def test_journal_refused_for_good_does_not_make_the_gang_wait(store: Store, kind: type[StorageError]) -> None:
+    def refuse(_method: str, _key: str) -> bool:
+        raise kind("no")
+
+    writer, clock = writer_with(store, refuse)
+    writer.log(1, 1, {})
+    writer.flush()
+    assert clock.now == 0.0
+
+
+def test_journal_written_though_the_answer_was_lost_is_not_written_twice(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = store.create
+    clock = Clock()
+    writer = JournalWriter(store, 1, clock=clock, sleep=clock.sleep)
+    writer.log(1, 1, {"train/loss": 1.0})
+
+    def carried_out(key: str, data: bytes) -> None:
+        create(key, data)
+        raise StorageError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "create", carried_out)
+        clock.now += 3.0
+        writer.log(2, 2, {"train/loss": 2.0})
+    writer.log(3, 3, {"train/loss": 3.0})
+    writer.flush()
+    assert losses(read_journal(store)) == {1: 1.0, 2: 2.0, 3: 3.0}
+    assert journal_keys(store) == [journal_key(1, 1), journal_key(1, 3)]
+
+
+def test_journal_outage_beyond_the_bound_loses_the_oldest_lines(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(journal, "KEPT_LINES", 5)
+    away = Away()
+    writer, _ = writer_with(store, away)
+    writer.log(1, 1, {"train/loss": 1.0})
+    writer.flush()
+    for step in range(2, 10):
+        writer.log(step, step, {"train/loss": float(step)})
+    away.is_away = False
+    with caplog.at_level("INFO"):
+        writer.flush()
+    # Step 1 was under way as an object of its own.
+    assert losses(read_journal(store)) == {1: 1.0, **{step: float(step) for step in range(5, 10)}}
+    assert "3 lines were lost" in caplog.text
 
 
 def test_journal_other_objects_in_the_folder_are_ignored(store: Store) -> None:

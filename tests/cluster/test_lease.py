@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.errors import LeaseHeld, LeaseLost, StorageError
+from cluster.errors import LeaseExpired, LeaseHeld, LeaseLost, StorageError
 from cluster.lease import (
     EXPIRY_SECONDS,
     RENEWAL_SECONDS,
+    RETRY_SECONDS,
     Lease,
     LeaseRecord,
     check_token,
@@ -443,17 +444,113 @@ def test_renewal_after_take_over_says_lost_and_ends(store: Store, lease: Lease, 
     assert (len(ticks.waited), lost, stored(store).token) == (2, ["lost"], "theirs")
 
 
-def test_renewal_storage_away_retried_until_the_expiry_passed(store: Store, lease: Lease, clock: Clock) -> None:
+def test_renewal_outage_of_ten_minutes_is_outlived_and_nothing_published_meanwhile(
+    store: Store, lease: Lease, clock: Clock
+) -> None:
+    lost: list[str] = []
+    refused: list[type[Exception]] = []
+    lease.store = BrokenStore(store)
+
+    def advance(tick: int) -> None:
+        clock.now += RENEWAL_SECONDS
+        if tick > EXPIRY_SECONDS / RENEWAL_SECONDS:
+            for check in (lease.check, lambda: check_token(store, NAME, lease.token, clock)):
+                with pytest.raises(LeaseLost) as caught:
+                    check()
+                refused.append(caught.type)
+        if tick == 60:
+            lease.store = store
+
+    ticks = Ticks(60, advance)
+    lease.renew_until(ticks, lambda: lost.append("lost"))
+    assert (lost, lease.is_lost()) == ([], False)
+    assert refused == [LeaseExpired] * 2 * 57
+    assert ticks.waited == [RENEWAL_SECONDS, *[RETRY_SECONDS] * 59, RENEWAL_SECONDS]
+    assert stored(store).expires_at == clock.now + EXPIRY_SECONDS
+    check_token(store, NAME, lease.token, clock)
+
+
+def test_renewal_take_over_during_an_outage_says_lost_once_storage_is_back(
+    store: Store, lease: Lease, clock: Clock
+) -> None:
     lost_at: list[float] = []
     began = clock.now
     lease.store = BrokenStore(store)
+    newer = Lease(store, NAME, clock)
+
+    def advance(tick: int) -> None:
+        clock.now += RENEWAL_SECONDS
+        if tick == 5:
+            newer.acquire()
+        if tick == 7:
+            lease.store = store
+
+    lease.renew_until(Ticks(9, advance), lambda: lost_at.append(clock.now - began))
+    assert (lost_at, lease.is_lost()) == ([7 * RENEWAL_SECONDS], True)
+    assert stored(store).token == newer.token
+    with pytest.raises(LeaseLost) as caught:
+        lease.check()
+    assert caught.type is LeaseLost
+
+
+def test_renewal_of_pins_during_an_outage_ends_at_their_expiry(store: Store, clock: Clock) -> None:
+    pin = Lease(store, "pin", clock, ("snapshots/step-000000001",))
+    pin.acquire()
+    pin.store = BrokenStore(store)
+    lost_at: list[float] = []
+    began = clock.now
 
     def advance(_: int) -> None:
         clock.now += RENEWAL_SECONDS
 
-    lease.renew_until(Ticks(9, advance), lambda: lost_at.append(clock.now - began))
-    # Three renewals in 30 s fail within the expiry; the one at 40 s is past it.
-    assert lost_at == [EXPIRY_SECONDS + RENEWAL_SECONDS]
+    pin.renew_until(Ticks(9, advance), lambda: lost_at.append(clock.now - began))
+    assert lost_at == [EXPIRY_SECONDS]
+
+
+class AnswerLost(BrokenStore):
+    """A store that carries a compare-and-swap out and loses the answer."""
+
+    def replace(self, key: str, *data: bytes) -> bool:
+        self.store.replace(key, *data)
+        raise StorageError(f"{key}: no answer")
+
+
+def test_renewal_whose_answer_was_lost_is_recognised_as_ours(store: Store, lease: Lease, clock: Clock) -> None:
+    for late in (RENEWAL_SECONDS, 10 * EXPIRY_SECONDS):
+        lease.store = AnswerLost(store)
+        clock.now += RENEWAL_SECONDS
+        with pytest.raises(StorageError):
+            lease.renew()
+        lease.store = store
+        clock.now += late
+        lease.renew()
+        assert stored(store).expires_at == clock.now + EXPIRY_SECONDS
+        lease.check()
+
+
+@pytest.mark.parametrize("change", [{"token": "theirs"}, {"released": True}])
+def test_renewal_whose_answer_was_lost_then_changed_by_others_is_lost(
+    store: Store, lease: Lease, clock: Clock, change: dict[str, Any]
+) -> None:
+    lease.store = AnswerLost(store)
+    clock.now += RENEWAL_SECONDS
+    with pytest.raises(StorageError):
+        lease.renew()
+    lease.store = store
+    theirs = dataclasses.replace(stored(store), **change).encode()
+    store.put(lease_key(NAME), theirs)
+    with pytest.raises(LeaseLost, match="taken over"):
+        lease.renew()
+    assert store.read(lease_key(NAME)) == theirs
+
+
+def test_hold_lease_storage_away_at_the_end_hides_neither_success_nor_error(store: Store, clock: Clock) -> None:
+    with hold_lease(store, NAME, clock=clock) as lease:
+        lease.store = BrokenStore(store)
+    assert not lease.was_given_back
+    broken = FaultyStore(store, lambda method, _: method == "replace")
+    with pytest.raises(RuntimeError, match="on purpose"), hold_lease(broken, "other", clock=clock):
+        raise RuntimeError("on purpose")
 
 
 def test_renewal_storage_back_in_time_goes_on(store: Store, lease: Lease, clock: Clock) -> None:

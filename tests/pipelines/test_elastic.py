@@ -65,7 +65,7 @@ def test_growth_is_asked_for_once_and_only_where_there_is_room(tmp_path: Path) -
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_node_lost_shrinks_the_gang_and_a_new_one_lets_it_grow(small: tuple[str, ...], tmp_path: Path) -> None:
     run, log = RunFolder(str(tmp_path / "run")), tmp_path / "log"
     with log.open("w") as stream:

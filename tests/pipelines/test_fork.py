@@ -11,9 +11,10 @@ import pytest
 
 from configs.errors import UserError
 from configs.load import load_config
+from pipelines.anneal import anneal
 from pipelines.pretrain import prepare_fork
 from tasks.checkpoints.run_folder import RunFolder
-from tests.retention_run import make_run
+from tests.retention_run import commit, make_run
 
 MORE = "training.total_tokens=870400"
 """25 steps after the 400 of the small run."""
@@ -75,11 +76,29 @@ def test_fork_of_a_run_without_snapshots_is_refused(tmp_path: Path) -> None:
         prepare_fork(run.url, "early", load_config("tiny").config)
 
 
+@pytest.mark.parametrize("beyond", [0, 2048])
+def test_fork_that_would_end_at_its_start_or_before_is_refused(tmp_path: Path, beyond: int) -> None:
+    config = load_config("tiny").config
+    total = config.training.total_tokens
+    run = RunFolder(make_run(str(tmp_path / "run"), (), config).url)
+    commit(run.store, 3, tokens_seen=total - 2048)
+    assert prepare_fork(run.url, "one-more-step", config).identity().config == config
+    commit(run.store, 4, tokens_seen=total + beyond)
+    with pytest.raises(UserError, match=rf"training\.total_tokens={total:,} .* has seen {total + beyond:,} tokens"):
+        prepare_fork(run.url, "none", config)
+    assert run.branches() == ["one-more-step"]
+
+
+@pytest.mark.parametrize("tokens", [0, -2048])
+def test_annealing_over_no_tokens_is_refused(trunk: RunFolder, tokens: int) -> None:
+    with pytest.raises(UserError, match=rf"annealing branch of {tokens:,} tokens from its start at 300 "):
+        anneal(trunk.url, 3, tokens=tokens)
+    assert trunk.branches() == []
+
+
 def test_fork_that_exists_keeps_its_start_while_its_run_goes_on(trunk: RunFolder) -> None:
     config = load_config("tiny", ("schedule.peak_learning_rate=0.001",)).config
     first = prepare_fork(trunk.url, "slower", config).identity()
-    from tests.retention_run import commit
-
     commit(trunk.store, 4)
     assert prepare_fork(trunk.url, "slower", config).identity() == first
     assert first.start is not None and first.start.step == 3

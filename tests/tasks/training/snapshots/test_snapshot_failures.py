@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from cluster.errors import LeaseLost, StorageDenied, StorageError, StorageFull
+from cluster.errors import LeaseExpired, LeaseLost, StorageDenied, StorageError, StorageFull
 from cluster.storage import open_store
 from tasks.checkpoints.run_folder import RunFolder, snapshot_key
 from tasks.training.snapshots import flight as snapshot_flight
@@ -115,6 +115,53 @@ def test_lost_lease_publishes_nothing_and_every_rank_says_so(tmp_path: Path, los
     gang.begin(1)
     assert [type(error) for error in gang.errors()] == [LeaseLost, LeaseLost]
     assert len(asked) == lost_at
+    assert RunFolder(str(tmp_path)).snapshots() == []
+
+
+class LeaseAt:
+    """A lease that is expired when it is asked for the ``expired`` first times, and then ``after``."""
+
+    def __init__(self, expired: int, after: type[Exception] | None) -> None:
+        self.expired, self.after, self.asked = expired, after, 0
+
+    def __call__(self) -> None:
+        self.asked += 1
+        if self.asked <= self.expired:
+            raise LeaseExpired("not renewed")
+        if self.after:
+            raise self.after("taken over")
+
+
+def test_lease_renewed_after_an_outage_lets_the_snapshot_be_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot_flight, "LEASE_LOOK_SECONDS", 0.0)
+    lease = LeaseAt(expired=5, after=None)
+    gang = Gang(str(tmp_path), healthy, healthy, check_lease=lease)
+    gang.begin(1)
+    for writer in gang.writers:
+        writer.finish()
+    assert lease.asked == 5 + 2
+    assert [s.step for s in RunFolder(str(tmp_path)).snapshots()] == [1]
+
+
+def test_lease_taken_over_after_its_expiry_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot_flight, "LEASE_LOOK_SECONDS", 0.0)
+    lease = LeaseAt(expired=5, after=LeaseLost)
+    gang = Gang(str(tmp_path), healthy, healthy, check_lease=lease)
+    gang.begin(1)
+    assert [type(error) for error in gang.errors()] == [LeaseLost, LeaseLost]
+    assert lease.asked == 6
+    assert RunFolder(str(tmp_path)).snapshots() == []
+
+
+def test_lease_that_stays_expired_fails_when_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot_flight, "LEASE_LOOK_SECONDS", 0.01)
+    lease = LeaseAt(expired=1_000_000, after=None)
+    gang = Gang(str(tmp_path), healthy, healthy, check_lease=lease, patience_seconds=0.2)
+    gang.begin(1)
+    assert [type(error) for error in gang.errors()] == [LeaseExpired, LeaseExpired]
+    assert lease.asked > 2
     assert RunFolder(str(tmp_path)).snapshots() == []
 
 
