@@ -16,7 +16,7 @@ SETTLE_SECONDS = 10.0
 RETURN_SECONDS = 300.0
 """A node that was lost may be replaced."""
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 20.0
 """A node that is busy still answers; a worker process for it may have to be started."""
 LOST = (2, 3)
 """Ray's reasons of a node's death that nobody planned: unexpected termination, preemption (NodeDeathInfo in gcs.proto)."""
@@ -89,6 +89,15 @@ def require_gpus(count: int) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def listed_slots(nodes: str | None = None, *, with_gpus: bool = False) -> int:
+    """Slots of one CPU (and, with ``with_gpus``, one GPU) on the nodes of the label ``nodes`` that Ray lists as alive."""
+    import ray
+
+    wanted = label_selector(nodes) or {}
+    alive = [n["Resources"] for n in ray.nodes() if n["Alive"] and wanted.items() <= n["Labels"].items()]
+    return sum(_slots_of(resources, with_gpus=with_gpus) for resources in alive)
+
+
 def answering_slots(nodes: str | None = None, *, with_gpus: bool = False) -> int:
     """Slots of one CPU (and, with ``with_gpus``, one GPU) on the nodes of the label ``nodes`` that answer in time.
 
@@ -114,9 +123,13 @@ def answering_slots(nodes: str | None = None, *, with_gpus: bool = False) -> int
     for reference in answered:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(reference)
-            has = asked[reference]["Resources"]
-            slots += math.floor(min(has["CPU"], has.get("GPU", 0.0)) if with_gpus else has["CPU"])
+            slots += _slots_of(asked[reference]["Resources"], with_gpus=with_gpus)
     return slots
+
+
+def _slots_of(resources: dict[str, float], *, with_gpus: bool) -> int:
+    cpus = resources.get("CPU", 0.0)
+    return math.floor(min(cpus, resources.get("GPU", 0.0)) if with_gpus else cpus)
 
 
 def _slots(label: str | None) -> tuple[int, int]:

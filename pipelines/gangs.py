@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.capacity import answering_slots, free_cpus
-from cluster.errors import GangFailed, LeaseHeld, LeaseLost, StorageError
+from cluster.capacity import free_cpus, listed_slots
+from cluster.errors import GangFailed, LeaseExpired, LeaseHeld, LeaseLost, StorageError
 from cluster.fan_out import fan_out_ray
 from cluster.gang import GangSize, WorkerLost, run_gang
 from cluster.journal import write_event
@@ -34,6 +34,8 @@ StartGang = Callable[[Any, Config, str, Callable[[], object]], dict[str, Any]]
 Meanwhile it calls the last argument now and then, if the task says that spikes are answered while the gang waits.
 """
 TIDY_SECONDS = 60.0
+RENEWAL_SECONDS = 120.0
+"""How long an outage of storage may keep the lease from being renewed between two gangs."""
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +61,7 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | No
     means = means or on_cluster(config)
     failures, attempt = 0, 0
     while not is_trained(run, config):
-        lease.check()
+        check_patiently(lease)
         if (alarm := unanswered_alarm(run)) is not None:
             answer_spike(run, config, alarm, lease, means.run_tasks)
         before = _newest_url(run)
@@ -68,7 +70,7 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | No
         try:
             means.start_gang(task, config, f"{config.name}-{attempt}", _one_after_the_other(answers.look, tidy.look))
         except WorkerLost as lost:
-            lease.check()
+            check_patiently(lease)
             _raise_if_final(lost)
             failures = _count_failure(run, config, lost, failures if _newest_url(run) == before else 0)
         else:
@@ -79,6 +81,20 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | No
 def on_cluster(config: Config) -> Means:
     """Gangs and merge tasks on the Ray session."""
     return Means(start_gang=_on_ray, run_tasks=beside_gang(config), answers_spikes=True)
+
+
+def check_patiently(lease: Lease) -> None:
+    """Fail closed, but leave a lease that expired while storage was away the time to be renewed."""
+    ends_at = time.monotonic() + RENEWAL_SECONDS
+    while True:
+        try:
+            lease.check()
+        except (LeaseExpired, StorageError):
+            if time.monotonic() > ends_at:
+                raise
+            time.sleep(1.0)
+        else:
+            return
 
 
 def beside_gang(config: Config) -> RunTasks:
@@ -135,7 +151,8 @@ def _newest_url(run: RunFolder) -> str | None:
 
 
 def _count_failure(run: RunFolder, config: Config, lost: WorkerLost, failures: int) -> int:
-    write_event(run.store, "worker-lost", {"attempt": failures, "message": str(lost)[:2000]})
+    with outages_logged("the record of a lost worker"):
+        write_event(run.store, "worker-lost", {"attempt": failures, "message": str(lost)[:2000]})
     if failures >= config.training.max_restarts:
         raise GangFailed(
             f"workers failed {failures + 1} times without a new snapshot (training.max_restarts="
@@ -193,7 +210,7 @@ def _free_beside(size: int, *, with_gpus: bool) -> Callable[[str | None], int]:
     """Room for a gang in place of one of ``size``: its own, and what nobody uses."""
 
     def slots(nodes: str | None) -> int:
-        return min(answering_slots(nodes, with_gpus=with_gpus), size + free_cpus())
+        return min(listed_slots(nodes, with_gpus=with_gpus), size + free_cpus())
 
     return slots
 
@@ -219,7 +236,8 @@ def _raise_if_final(lost: WorkerLost) -> None:
     error: BaseException | None = lost.root
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, (StorageError, UserError, LeaseLost)):
+        # A lease that merely expired in an outage is being renewed; the driver asks for it before the next gang.
+        if isinstance(error, (StorageError, UserError, LeaseLost)) and not isinstance(error, LeaseExpired):
             raise error from lost
         seen.add(id(error))
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__

@@ -46,7 +46,12 @@ def small_config(*, steps: int = 100, **sections: Any) -> Config:
         snapshots=SnapshotConfig(interval_tokens=BATCH),
         evaluation=EvaluationConfig(slice_tokens=BATCH),
         anneal=AnnealConfig(tokens=BATCH),
-        **{"merge": MergeConfig(count=3), "retention": RetentionConfig(keep_last=1), "recovery": NO_RECOVERY, **sections},
+        **{
+            "merge": MergeConfig(count=3),
+            "retention": RetentionConfig(keep_last=1),
+            "recovery": NO_RECOVERY,
+            **sections,
+        },
     )
 
 
@@ -77,7 +82,12 @@ def commit(store: Store, step: int, *, state: bool = False, **fields: Any) -> Ma
             folder,
             f"model-{number:05d}-of-00002.safetensors",
             [spec],
-            lambda entry: [struct.pack(f"<{entry.bytes // 4}f", *(float(step + fields.get("recovery", 0) / 2 + i) for i in range(entry.bytes // 4)))],
+            lambda entry: [
+                struct.pack(
+                    f"<{entry.bytes // 4}f",
+                    *(float(step + fields.get("recovery", 0) / 2 + i) for i in range(entry.bytes // 4)),
+                )
+            ],
             "model",
         )
         for number, spec in enumerate(specs, start=1)
