@@ -6,9 +6,10 @@ of its own, because the nodes belong to the process that started them.
 
 from __future__ import annotations
 
+import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ from tests.lose_nodes import POLL_SECONDS, lose, trains
 PATIENCE_SECONDS = 300
 
 
+TRAIN = """
+import sys
+from pipelines import elastic
+elastic.LOOK_SECONDS = 2.0
+from pipelines.__main__ import main
+main()
+"""
+
+
 def main(run_url: str, overrides: tuple[str, ...]) -> None:
     from ray.cluster_utils import Cluster
 
-    from cluster.session import ray_session
-    from configs.load import load_config
-    from pipelines import elastic
-    from pipelines.pretrain import pretrain
-
-    elastic.LOOK_SECONDS = 2.0
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
@@ -37,14 +41,15 @@ def main(run_url: str, overrides: tuple[str, ...]) -> None:
         f"cluster.address={cluster.address}", "cluster.train_nodes=pool=train", "cluster.merge_nodes=pool=merge",
         "training.min_workers=1",
     )  # fmt: skip
-    config = load_config("tiny", (*places, *overrides)).config
-    mover = threading.Thread(target=move, args=(cluster, nodes, Path(run_url)), daemon=True)
+    command = [sys.executable, "-c", TRAIN, "pretrain", "--config", "tiny", "--run", run_url, *places, *overrides]
+    driver = subprocess.Popen(command)
     try:
-        with ray_session(cluster.address, 0):
-            mover.start()
-            pretrain(run_url, config)
+        move(cluster, nodes, Path(run_url), driver)
+        code = driver.wait()
     finally:
+        driver.kill()
         cluster.shutdown()
+    sys.exit(code)
 
 
 def add(cluster: Any) -> Any:
@@ -52,13 +57,11 @@ def add(cluster: Any) -> Any:
     return cluster.add_node(num_cpus=1, labels={"pool": "train"}, object_store_memory=80 << 20)
 
 
-def move(cluster: Any, nodes: list[Any], run: Path) -> None:
+def move(cluster: Any, nodes: list[Any], run: Path, driver: subprocess.Popen[bytes]) -> None:
     """Take a node away under a rank; give one back once the smaller gang has published something."""
-    wait_for(lambda: snapshots_of(run) >= 2)
+    wait_for(lambda: snapshots_of(run) >= 2, driver)
     lose(cluster, nodes, next(node for node in nodes if trains(node)))
-    wait_for(lambda: len(list(run.glob("segments/*.json"))) >= 2)
-    reached = snapshots_of(run)
-    wait_for(lambda: snapshots_of(run) >= reached + 2)
+    wait_for(lambda: len(list(run.glob("segments/*.json"))) >= 2, driver)
     add(cluster)
 
 
@@ -67,10 +70,11 @@ def snapshots_of(run: Path) -> int:
     return len(list(run.glob("snapshots/*/manifest.json")))
 
 
-def wait_for(condition: Any) -> None:
-    """Wait, but not for ever."""
+def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
+    """Wait, but not for ever, nor for a driver that has ended."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
+        assert driver.poll() is None, "training ended before the moment came"
         assert time.monotonic() < deadline, "the moment never came"
         time.sleep(POLL_SECONDS)
 
