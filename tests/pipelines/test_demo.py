@@ -234,4 +234,7 @@ def test_journal_survives_as_the_source_of_every_metric(demo_run: DemoRun) -> No
     store = open_store(str(demo_run[0]))
     keys = [key for key in store.keys("journal") if key.endswith(".jsonl")]
     rows = [json.loads(line) for key in keys for line in store.read(key).splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 401))
+    assert [row["step"] for row in rows if "train/loss" in row["metrics"]] == list(range(1, 401))
+    # The last words of the segment are about its last snapshot.
+    assert [row["step"] for row in rows if "train/loss" not in row["metrics"]] == [400]
+    assert all(key.startswith("snapshot/") for key in rows[-1]["metrics"])
