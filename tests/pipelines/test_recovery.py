@@ -18,7 +18,7 @@ from cluster.storage import open_store
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.003
 PATIENCE_SECONDS = 120
 
 
