@@ -66,6 +66,8 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
         _join(address)
     else:
         ray.init(
+            # Our own, even where another Ray runs on this machine.
+            address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
