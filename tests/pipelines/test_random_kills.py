@@ -15,7 +15,7 @@ import pytest
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.merging.verify import verify_checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 VICTIMS = ("driver", "TrainController", "everything", "RayTrainWorker") * 2
 """Eight of the forty kills; the others are in tests/tasks/training/test_kills.py."""
 LONGEST_SECONDS = 2.0
