@@ -24,7 +24,7 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).parent.parent
-COMMAND_SECONDS = 240
+COMMAND_SECONDS = 480
 
 # A few hundred steps of the demo's network: long enough for windows, an annealing branch and a comparison.
 SMALL = (

@@ -23,7 +23,7 @@ from tasks.data.corpus import read_corpus
 from tasks.data.held_out import held_out_slices
 from tasks.evaluation.held_out import read_evaluation, slice_loss, suite_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 DemoRun = tuple[Path, dict[str, Any]]
 # float32 forward passes in another order of operations (transformers picks its own expert kernel).
 LOSS_TOLERANCE = 2e-5

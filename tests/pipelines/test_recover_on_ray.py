@@ -15,7 +15,7 @@ from tasks.checkpoints.run_folder import RunFolder
 from tasks.recovery.record import parse_alarm
 from tasks.recovery.rule import Alarm
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SHORT_RULE = ("recovery.window_steps=64", "recovery.patience_steps=24")
 """A detector for a run of some hundred steps."""
 

@@ -17,7 +17,7 @@ from cluster.lease import Lease
 from cluster.storage import open_store
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 POLL_SECONDS = 0.003
 PATIENCE_SECONDS = 120
 

@@ -12,7 +12,7 @@ import pytest
 
 from tasks.checkpoints.run_folder import RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_pretrain_and_merge_on_s3_give_the_same_digests_as_in_a_folder(

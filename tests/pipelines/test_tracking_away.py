@@ -19,7 +19,7 @@ from configs.load import load_config
 from pipelines.tracking import open_forwarder
 from tasks.checkpoints.run_folder import RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 PATIENCE_SECONDS = 120
 
 
