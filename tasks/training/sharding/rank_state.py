@@ -16,10 +16,10 @@ import torch.distributed as dist
 from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.safetensors_header import CheckpointError
 from tasks.models.disk_layout import model_buffers
+from tasks.models.slice_reads import plan_reads, run_reads
 from tasks.models.weights import require_census
 from tasks.training.sharding.ownership import Owned, Parameter, plan_ownership, plan_rounds
 from tasks.training.sharding.sharded_model import RankSlice, ShardedModel
-from tasks.training.sharding.slice_reads import plan_reads, run_reads
 from tasks.training.snapshots.share import HostShare
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

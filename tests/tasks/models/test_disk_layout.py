@@ -19,7 +19,8 @@ from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry, r
 from tasks.checkpoints.writer import write_shard
 from tasks.models.build import build_model, build_model_config
 from tasks.models.disk_layout import Piece, model_buffers, model_parameters, model_tensors, pieces_of
-from tasks.models.weights import load_weights, read_slice
+from tasks.models.slice_reads import plan_reads, run_reads
+from tasks.models.weights import load_weights
 from tests.tasks.models.families import FAMILIES, SEQUENCE_LENGTH, VARIANTS, build_trained_like, random_tokens
 
 GATE_UP, DOWN = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
@@ -246,7 +247,7 @@ def test_load_weights_integer_tensor_refused(save_folder: Callable[..., str]) ->
 
 @pytest.mark.parametrize("name", [GATE_UP, DOWN, "model.embed_tokens.weight", "model.norm.weight"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_read_slice_ranks_together_are_the_whole_parameter(
+def test_reads_of_ranks_together_are_the_whole_parameter(
     tmp_path_factory: pytest.TempPathFactory, name: str, world_size: int
 ) -> None:
     shapes = {GATE_UP: (4, 6, 5), DOWN: (4, 5, 3), "model.embed_tokens.weight": (7, 5), "model.norm.weight": (5,)}
@@ -258,7 +259,7 @@ def test_read_slice_ranks_together_are_the_whole_parameter(
     # As FSDP2 cuts dimension 0: equal slices, the last ones shorter or empty.
     for row_start, rows in cut(whole.shape[0], world_size):
         target = torch.full((rows, *whole.shape[1:]), -1.0)
-        read_slice(checkpoint.store, checkpoint.model, name, whole.shape, row_start, target)
+        run_reads(checkpoint.store, plan_reads(checkpoint.model, name, whole.shape, row_start, target))
         assert torch.equal(target, whole[row_start : row_start + rows])
 
 

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from cluster.errors import StorageError
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.safetensors_header import CheckpointError
+from tasks.models import slice_reads
 from tasks.models.build import build_model
 from tasks.models.disk_layout import model_buffers, model_parameters, pieces_of
-from tasks.training.sharding import slice_reads
+from tasks.models.slice_reads import plan_reads, run_reads
 from tasks.training.sharding.rank_state import gather_share, restore_rank
 from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model
-from tasks.training.sharding.slice_reads import plan_reads, run_reads
 from tests.faulty_store import FaultyStore
 from tests.sharded_gang import Case, batch_of, case_config, loss_of
 

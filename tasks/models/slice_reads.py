@@ -1,4 +1,4 @@
-"""Read the rows that a rank holds straight into its tensors, many ranges at once."""
+"""Read parameters, or the rows of them that a rank holds, straight into tensors, many ranges at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tasks.checkpoints.regions import TensorPlace
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES
 from tasks.checkpoints.tensor_reader import TensorReader
 from tasks.models.disk_layout import pieces_of
-from tasks.models.weights import TORCH_DTYPES
 
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 READ_BYTES = 64 << 20
 """Longest single read; larger ranges are cut, so that their parts overlap too."""
 NUM_READERS = 8
@@ -31,7 +31,7 @@ class SliceRead:
     start: int
     """First element in row-major order."""
     target: torch.Tensor
-    """One-dimensional view of the rank's own memory, as many elements as are read."""
+    """One-dimensional view of the tensor that is filled, as many elements as are read."""
 
 
 def plan_reads(
