@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.errors import ObjectExists, StorageDenied, StorageError, StorageFull
@@ -146,15 +146,25 @@ def read_journal_object(store: Store, key: str) -> list[Measurement]:
 
 def read_journal(store: Store) -> list[Measurement]:
     """All measurements by step; a step that was replayed appears once, as the latest segment measured it."""
-    by_step: dict[int, tuple[str, Measurement]] = {}
+    return latest(read_journals(store))
+
+
+def latest(journals: Mapping[int, Sequence[Measurement]]) -> list[Measurement]:
+    """Of measurements by segment, the latest segment's word for each step, by step."""
+    by_step = {row.step: row for _, rows in sorted(journals.items()) for row in rows}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_journals(store: Store) -> dict[int, list[Measurement]]:
+    """All measurements by segment and step, what later segments measured anew included."""
+    by_segment: dict[int, dict[int, Measurement]] = {}
     for key in journal_keys(store):
-        segment = key.rpartition("/")[2].partition("-")[0]
+        rows = by_segment.setdefault(int(key.rpartition("/")[2].partition("-")[0]), {})
         for new in read_journal_object(store, key):
-            written_by, old = by_step.get(new.step, ("", new))
-            # One segment may say several things of a step: of its last, what its snapshot cost.
-            metrics = {**old.metrics, **new.metrics} if written_by == segment else new.metrics
-            by_step[new.step] = segment, replace(new, metrics=metrics)
-    return [by_step[step][1] for step in sorted(by_step)]
+            old = rows.get(new.step)
+            # A segment may say several things of a step: of its last, what its snapshot cost.
+            rows[new.step] = replace(new, metrics={**old.metrics, **new.metrics}) if old else new
+    return {segment: [rows[step] for step in sorted(rows)] for segment, rows in by_segment.items()}
 
 
 def write_event(store: Store, kind: str, details: dict[str, object]) -> None:

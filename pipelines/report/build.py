@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from cluster.tracking import TrackingAway
@@ -13,6 +13,9 @@ from pipelines.report.charts import held_out_chart, router_chart, training_chart
 from pipelines.report.data import Evaluated, ReportData, gather
 from pipelines.report.findings import find_all
 from pipelines.report.graph import draw_steps
+from pipelines.report.recoveries import recoveries_section, recovery_chart
+from pipelines.report.tables import caption, section, table
+from pipelines.report.timeline import snapshot_timeline, timeline_caption
 from pipelines.tracking import open_forwarder
 from pipelines.wording import format_seconds
 from tasks.checkpoints.run_folder import RunFolder
@@ -20,6 +23,13 @@ from tasks.evaluation.held_out import paired_gain
 from tasks.merging.methods import METHODS
 
 REPORT_KEY = "report.html"
+NOT_YET = "<p>Nothing to show yet.</p>"
+STARTUP_PHASES = {
+    "ray_train": "processes and process group",
+    "import": "imports",
+    "build": "data and model",
+    "restore": "state",
+}
 CSS = (Path(__file__).parent / "report.css").read_text()
 
 
@@ -43,31 +53,37 @@ def write_report(run_url: str) -> str:
 
 
 def draw(data: ReportData) -> dict[str, str]:
-    """The charts, as SVG by name; dense models have no router."""
+    """The charts, as SVG by name, of what the run has: dense models have no router, most runs no recoveries."""
     charts = {
         "held-out-loss": held_out_chart(data),
         "training": training_chart(data),
         "router-health": router_chart(data),
+        "recoveries": recovery_chart(data),
+        "snapshot-timeline": snapshot_timeline(data),
     }
     return {name: svg for name, svg in charts.items() if svg}
 
 
 def render(data: ReportData, charts: dict[str, str]) -> str:
     """The page."""
-    router = charts.get("router-health")
+    held_out, training = charts.get("held-out-loss"), charts.get("training")
+    router, timeline = charts.get("router-health"), charts.get("snapshot-timeline")
+    recoveries = recoveries_section(data, charts.get("recoveries", ""))
     sections = [
-        _section("What was found", _findings(data)),
-        _section("Held-out loss", charts["held-out-loss"] + _caption(_held_out_caption(data))),
-        _section("How many snapshots to merge", _comparison_table(data)),
-        _section("Training", charts["training"] + _caption("Means over short stretches of steps.")),
-        _section(
-            "Router health", router + _caption("Per layer, over the global batch. A collapse in one layer shows here.")
+        section("What was found", _findings(data)),
+        section("Held-out loss", held_out + caption(_held_out_caption(data)) if held_out else NOT_YET),
+        section("How many snapshots to merge", _comparison_table(data)),
+        section("Loss spikes and recoveries", recoveries) if recoveries else "",
+        section("Training", training + caption("Means over short stretches of steps.") if training else NOT_YET),
+        section(
+            "Router health", router + caption("Per layer, over the global batch. A collapse in one layer shows here.")
         )
         if router
         else "",
-        _section("Steps", steps) if (steps := draw_steps(data)) else "",
-        _section("Where the time went", _time_table(data)),
-        _section("Run identity", _identity(data)),
+        section("A snapshot beside training", timeline + caption(timeline_caption(data))) if timeline else "",
+        section("Steps", steps) if (steps := draw_steps(data)) else "",
+        section("Where the time went", _time_table(data)),
+        section("Run identity", _identity(data)),
     ]
     title = f"pmaflow report: {html.escape(data.config.name)}"
     return (
@@ -115,7 +131,7 @@ def _comparison_table(data: ReportData) -> str:
     rows += [_comparison_row(row, raw, best) for row in sorted(data.comparison, key=_table_order)]
     head = ["method", "N", "merge span", "held-out loss", "lower than raw by", "slices"]
     note = "All end at the last step. ± is the standard error of the paired difference over slices; it does not include seeds."
-    return _table(head, rows) + _caption(note)
+    return table(head, rows) + caption(note)
 
 
 def _table_order(row: Evaluated) -> tuple[int, int]:
@@ -149,17 +165,13 @@ def _time_table(data: ReportData) -> str:
     total = training + evidence + ray
     rows = [
         ("training steps", steps, "compute"),
-        (
-            "worker start-up (processes, imports, process group, reading the corpus)",
-            data.startup_seconds,
-            "orchestration",
-        ),
+        *((f"worker start-up: {label}", seconds, "orchestration") for label, seconds in _startup(data)),
         ("snapshots (training stands still)", data.snapshot_seconds, "orchestration"),
         ("Ray start", ray, "orchestration"),
         ("merges and evaluations that training did not cover", evidence, "evidence"),
     ]
     overhead = data.startup_seconds + data.snapshot_seconds + ray
-    table = _table(
+    times = table(
         ["stretch", "kind", "seconds", "share"],
         [
             [html.escape(label), kind, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else "–"]
@@ -170,7 +182,13 @@ def _time_table(data: ReportData) -> str:
         f"Wall clock over all invocations: {format_seconds(total)}; orchestration {overhead / total if total else 0:.0%}. "
         f"Beside training, on other CPUs: {len(data.merged)} scheduled merges in {data.merge_seconds:.1f} s."
     )
-    return table + _caption(note)
+    return times + caption(note)
+
+
+def _startup(data: ReportData) -> list[tuple[str, float]]:
+    """Start-up of gangs by phase; what no phase accounts for is the last."""
+    rows = [(label, data.startup_phases.get(f"{phase}_seconds", 0.0)) for phase, label in STARTUP_PHASES.items()]
+    return [*rows, ("the rest", max(0.0, data.startup_seconds - sum(seconds for _, seconds in rows)))]
 
 
 def _identity(data: ReportData) -> str:
@@ -186,24 +204,8 @@ def _identity(data: ReportData) -> str:
         facts["last snapshot's content digest"] = data.raw[-1].manifest.digest
     rows = [[html.escape(key), f"<code>{html.escape(str(value))}</code>"] for key, value in facts.items()]
     config = html.escape(json.dumps(identity_of(data.config), indent=1))
-    return (
-        _table(["", ""], rows, head=False) + f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
-    )
+    return table(["", ""], rows, head=False) + f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
 
 
 def _slices(losses: Iterable[float]) -> str:
     return " ".join(f"{loss:.3f}" for loss in losses)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
-
-
-def _caption(text: str) -> str:
-    return f'<p class="caption">{html.escape(text)}</p>'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, head: bool = True) -> str:
-    top = f"<thead><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in header)}</tr></thead>" if head else ""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'

@@ -1,44 +1,21 @@
-"""Charts as inline SVG: legible in print, in grey, and for colour-blind readers.
-
-Colours are Okabe and Ito's; every series also differs by marker or dash.
-"""
+"""Charts of losses, training and router health."""
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("svg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from pipelines.report.data import Evaluated, ReportData
-
-RAW, MERGED, ANNEALED, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-LAYERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("-", "--", "-.", ":")
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "pmaflow",
-    "legend.frameon": False,
-}
+from pipelines.report.drawing import ANNEALED, DASHES, GREY, LAYERS, MERGED, RAW, STYLE, bin_means, to_svg
 
 
 def held_out_chart(data: ReportData) -> str:
-    """Held-out loss over tokens: raw, merged and annealed; the second panel enlarges the end."""
+    """Held-out loss over tokens: raw, merged and annealed; the second panel enlarges the end. Empty text without any."""
+    if not (data.raw or data.merged or any(data.branches.values())):
+        return ""
     with pyplot.rc_context(STYLE):
         figure, (whole, end) = pyplot.subplots(1, 2, figsize=(10, 3.9), width_ratios=(1, 1.25))
         for axes in (whole, end):
@@ -48,11 +25,13 @@ def held_out_chart(data: ReportData) -> str:
         whole.set_title("Whole run", loc="left", fontsize=10)
         end.set_title("From shortly before the fork", loc="left", fontsize=10)
         whole.set_ylabel("held-out loss (nats per byte)")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def training_chart(data: ReportData) -> str:
-    """Training loss, learning rate and gradient norm over tokens, trunk and branches."""
+    """Training loss, learning rate and gradient norm over tokens, trunk and branches; empty text without a step."""
+    if not any("train/loss" in row.metrics for row in data.journal):
+        return ""
     with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, 3, figsize=(10, 3.0))
         series = [("trunk", data.journal, RAW, "-")]
@@ -69,12 +48,12 @@ def training_chart(data: ReportData) -> str:
             for label, rows, colour, dash in series:
                 points = [(m.tokens / 1e6, m.metrics[metric]) for m in rows if metric in m.metrics]
                 if points:
-                    x, y = zip(*_bin_means(points), strict=True)
+                    x, y = zip(*bin_means(points), strict=True)
                     axes.plot(x, y, dash, color=colour, linewidth=1.3, label=label)
             axes.set_title(title, loc="left", fontsize=10)
             axes.set_xlabel("tokens seen (millions)")
         panels[0].legend(loc="upper right")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def router_chart(data: ReportData) -> str:
@@ -94,7 +73,7 @@ def router_chart(data: ReportData) -> str:
         for axes, (metric, title) in zip(panels, titles.items(), strict=True):
             for layer in layers:
                 key = f"router/layer_{layer}/{metric}"
-                points = _bin_means([(m.tokens / 1e6, m.metrics[key]) for m in data.journal if key in m.metrics])
+                points = bin_means([(m.tokens / 1e6, m.metrics[key]) for m in data.journal if key in m.metrics])
                 x, y = zip(*points, strict=True)
                 axes.plot(
                     x,
@@ -109,7 +88,7 @@ def router_chart(data: ReportData) -> str:
         panels[2].set_ylim(bottom=-0.05)
         if len(layers) <= 8:
             panels[0].legend(loc="lower right")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _plot_losses(axes: Axes, data: ReportData) -> None:
@@ -152,19 +131,3 @@ def _zoom(axes: Axes, data: ReportData) -> None:
         margin = 0.08 * (max(shown) - min(shown)) + 1e-3
         axes.set_xlim(start / 1e6, 1.01 * total / 1e6)
         axes.set_ylim(min(shown) - margin, max(shown) + 3 * margin)
-
-
-def _bin_means(points: list[tuple[float, float]], bins: int = 250) -> list[tuple[float, float]]:
-    """Means of at most ``bins`` equal stretches, so that thousands of steps stay a readable line."""
-    size = max(1, -(-len(points) // bins))
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.tight_layout()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

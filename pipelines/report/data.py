@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from cluster.journal import Measurement, read_events, read_journal
+from cluster.journal import Measurement, latest, read_events, read_journal, read_journals
 from configs.schema import Config
 from pipelines.timing import stage_seconds
 from tasks.checkpoints.manifest import Manifest
+from tasks.checkpoints.recoveries import Recovery, read_confirmations
 from tasks.checkpoints.run_folder import RunFolder, RunIdentity
 from tasks.evaluation.held_out import Evaluation, read_evaluation, suite_of
 from tasks.merging.schedule import scheduled_rule
+from tasks.recovery.phases import RecoveryPhases, recovery_phases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,9 @@ class ReportData:
     url: str
     """Where it lies."""
     journal: list[Measurement]
-    """Training metrics by step."""
+    """Training metrics by step, on the run's way."""
+    left_behind: list[list[Measurement]]
+    """Stretches of training that recoveries cut off, by segment."""
     branch_journals: dict[str, list[Measurement]]
     """The same for each branch."""
     raw: list[Evaluated]
@@ -58,10 +63,20 @@ class ReportData:
     """Tokens at which each branch left the trunk."""
     segments: list[dict[str, Any]]
     """Stretches of training."""
+    recoveries: list[Recovery]
+    """Decisions after loss spikes."""
+    confirmed: set[int]
+    """Numbers of those that held."""
+    phases: list[RecoveryPhases]
+    """How long they took."""
+    given_up: str
+    """What was said of a spike without an answer; empty if there is none."""
     stages: dict[tuple[str, str], float]
     """Seconds by (stage, kind)."""
     startup_seconds: float
     """Start-up of all gangs, trunk and branches."""
+    startup_phases: dict[str, float]
+    """Seconds of it by phase: ``ray_train_seconds``, ``import_seconds``, ``build_seconds``, ``restore_seconds``."""
     snapshot_seconds: float
     """Time that training stood still for snapshots."""
     merge_seconds: float
@@ -74,9 +89,13 @@ def gather(run_url: str) -> ReportData:
     identity = run.identity()
     config = identity.config
     branches = {name: run.branch(name) for name in run.branches() if run.branch(name).store.exists("run.json")}
-    journals = {name: read_journal(branch.store) for name, branch in branches.items()}
-    journal = read_journal(run.store)
+    branch_journals = {name: read_journal(branch.store) for name, branch in branches.items()}
+    journals = read_journals(run.store)
     everyone = [run, *branches.values()]
+    events, segments = read_events(run.store), run.segments()
+    recoveries = run.recoveries()
+    journal, left_behind = split_journals(journals, segments, recoveries)
+    plans = [segment["plan"] for item in everyone for segment in item.segments()]
     raw = _evaluated_snapshots(run, config)
     last = run.snapshots()[-1].step if run.snapshots() else 0
     merges = _evaluated_merges(run, config)
@@ -86,20 +105,48 @@ def gather(run_url: str) -> ReportData:
         config=config,
         url=run.url,
         journal=journal,
-        branch_journals=journals,
+        left_behind=left_behind,
+        branch_journals=branch_journals,
         raw=raw,
         merged=[m for m in merges if m.manifest.step is not None and m.name == rule.name_at(m.manifest)],
         comparison=[m for m in merges if m.manifest.step == last],
         branches={name: _evaluated_snapshots(branch, branch.identity().config) for name, branch in branches.items()},
         fork_tokens={name: s.tokens_seen for name, b in branches.items() if (s := b.identity().start) is not None},
-        segments=run.segments(),
-        stages=_sum_stages([stage_seconds(item.store) for item in everyone]),
-        startup_seconds=sum(s["plan"].get("startup_seconds", 0.0) for item in everyone for s in item.segments()),
+        segments=segments,
+        recoveries=recoveries,
+        confirmed=set(read_confirmations(run.store)),
+        phases=recovery_phases(segments, events, journals),
+        given_up=_unanswered(events),
+        stages=_sum([stage_seconds(item.store) for item in everyone]),
+        startup_seconds=sum(plan.get("startup_seconds", 0.0) for plan in plans),
+        startup_phases=_sum([plan.get("startup_phases", {}) for plan in plans]),
         snapshot_seconds=sum(
-            m.metrics.get("snapshot/stall_seconds", 0.0) for rows in [journal, *journals.values()] for m in rows
+            m.metrics.get("snapshot/stall_seconds", 0.0) for rows in [journal, *branch_journals.values()] for m in rows
         ),
-        merge_seconds=sum(float(str(e["seconds"])) for e in read_events(run.store) if e["kind"] == "merge"),
+        merge_seconds=sum(float(str(e["seconds"])) for e in events if e["kind"] == "merge"),
     )
+
+
+def split_journals(
+    journals: Mapping[int, Sequence[Measurement]], segments: Sequence[Mapping[str, Any]], recoveries: Sequence[Recovery]
+) -> tuple[list[Measurement], list[list[Measurement]]]:
+    """Measurements by segment as those on the run's way, by step, and the stretches that recoveries cut off."""
+    in_force = {segment["segment"]: segment["plan"].get("recovery", 0) for segment in segments}
+    kept: dict[int, list[Measurement]] = {}
+    cut_off = []
+    for number, rows in sorted(journals.items()):
+        end = min((r.start.step for r in recoveries if r.number > in_force.get(number, 0)), default=None)
+        kept[number] = [row for row in rows if end is None or row.step <= end]
+        if len(kept[number]) < len(rows):
+            cut_off.append(list(rows[len(kept[number]) :]))
+    return latest(kept), cut_off
+
+
+def _unanswered(events: list[dict[str, Any]]) -> str:
+    """What the run said when it gave up, unless it has gone on since."""
+    decisions = [event for event in events if event["kind"] in ("spike-unanswered", "recovery")]
+    newest = decisions[-1] if decisions else None
+    return str(newest["message"]) if newest and newest["kind"] == "spike-unanswered" else ""
 
 
 def _evaluated_snapshots(run: RunFolder, config: Config) -> list[Evaluated]:
@@ -123,8 +170,11 @@ def _evaluated_merges(run: RunFolder, config: Config) -> list[Evaluated]:
     return sorted(rows, key=lambda row: row.tokens)
 
 
-def _sum_stages(parts: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], float]:
-    totals: dict[tuple[str, str], float] = {}
+Key = TypeVar("Key")
+
+
+def _sum(parts: list[dict[Key, float]]) -> dict[Key, float]:
+    totals: dict[Key, float] = {}
     for part in parts:
         for key, seconds in part.items():
             totals[key] = totals.get(key, 0.0) + seconds

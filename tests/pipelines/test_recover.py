@@ -15,7 +15,6 @@ from cluster.errors import LeaseHeld
 from cluster.gang import WorkerLost
 from cluster.journal import read_events
 from configs.errors import UserError
-from configs.load import load_config
 from configs.schema import Config
 from pipelines import recover as recover_pipeline
 from pipelines.gangs import train_to_end
@@ -30,27 +29,7 @@ from tasks.checkpoints.recoveries import read_confirmations
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.recovery.policy import SpikeUnanswered, Wish
 from tests.local_gang import local_means, start_gang, train
-
-SMALL = (
-    "model.hidden_size=32", "model.num_experts=4", "model.expert_intermediate_size=32", "model.num_layers=1",
-    "training.sequence_length=32", "training.batch_tokens=128", "training.total_tokens=10240",
-    "training.num_workers=1", "schedule.warmup_tokens=1280", "snapshots.interval_tokens=1280", "anneal.tokens=1280",
-    "evaluation.slice_tokens=1024", "data.sources=['tests/*.py']", "data.held_out_fraction=0.2",
-)  # fmt: skip
-"""80 steps, a snapshot every 10."""
-NAN_AT_45 = ("drill.corruption=nan-weights", "drill.corruption_step=45")
-
-
-def small(*overrides: str) -> Config:
-    """The demo's configuration, as small as a run with a spike can be."""
-    return load_config("tiny", (*SMALL, *overrides)).config
-
-
-def begin(folder: Path, *overrides: str) -> tuple[RunFolder, Config]:
-    """A run that is there and has not been trained."""
-    run, config = RunFolder(str(folder)), small(*overrides)
-    run.begin(config)
-    return run, config
+from tests.short_run import NAN_AT_45, begin, small
 
 
 def folders(run: RunFolder) -> list[str]:
