@@ -23,7 +23,7 @@ def held_out_chart(data: ReportData) -> str:
         end.legend(loc="upper right")
         _zoom(end, data)
         whole.set_title("Whole run", loc="left", fontsize=10)
-        end.set_title("From shortly before the fork", loc="left", fontsize=10)
+        end.set_title("From shortly before the fork" if data.fork_tokens else "The end", loc="left", fontsize=10)
         whole.set_ylabel("held-out loss (nats per byte)")
         return to_svg(figure)
 

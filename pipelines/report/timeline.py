@@ -95,6 +95,7 @@ def snapshot_timeline(data: ReportData) -> str:
         axes.broken_barh(stalls, (1.6, 0.8), facecolors=MERGED, hatch="////", edgecolors="white")
         axes.broken_barh([bar(copied, shown.uploaded)], (0.6, 0.8), facecolors=ANNEALED)
         axes.broken_barh([bar(shown.uploaded, shown.committed)], (0.6, 0.8), facecolors=GREY)
+        axes.set_axisbelow(True)
         axes.set_yticks([3.0, 2.0, 1.0], ["steps", "copy to host\n(training stands still)", "upload, commit"])
         axes.set_xlim(1000 * (window[0] - first.start), 1000 * (window[1] - first.start))
         axes.set_xlabel("milliseconds from the snapshot's beginning")
