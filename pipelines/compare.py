@@ -87,7 +87,7 @@ def windows_at_end(snapshots: Sequence[Placed], rule: WindowRule) -> list[list[P
 def _compare(driven: Driven) -> dict[str, Any]:
     run, config = driven.run, driven.config
     with timed(run.store, "comparison of N and methods", "evidence"):
-        outcome = make_merges(run, config, missing_comparisons(run, config), on_ray(config, lambda: False))
+        outcome = make_merges(run, config, missing_comparisons(run, config), on_ray(config))
         if outcome.failed:
             raise next(iter(outcome.failed.values()))
         evaluate_all(run, config, unevaluated(run, config), lambda: False, batch=2)

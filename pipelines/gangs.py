@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.capacity import free_cpus, listed_slots
 from cluster.errors import GangFailed, LeaseExpired, LeaseHeld, LeaseLost, StorageError
-from cluster.fan_out import fan_out_ray
 from cluster.gang import GangSize, WorkerLost, run_gang
 from cluster.journal import write_event
 from cluster.lease import Lease
@@ -23,6 +22,7 @@ from configs.schema import Config
 from pipelines.elastic import GrowthWatch, choose_size, wants_gpus
 from pipelines.merge import RunTasks
 from pipelines.recover import SpikeAnswers, answer_spike, unanswered_alarm
+from pipelines.scheduled import on_ray
 from tasks.checkpoints.ephemeral import drop_ephemeral
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.checkpoints.safetensors_header import CheckpointError
@@ -79,8 +79,9 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | No
 
 
 def on_cluster(config: Config) -> Means:
-    """Gangs and merge tasks on the Ray session."""
-    return Means(start_gang=_on_ray, run_tasks=beside_gang(config), answers_spikes=True)
+    """Gangs on the Ray session, and merge tasks while one waits: on its CPUs, which idle, if there are no others."""
+    run_tasks = on_ray(config, num_cpus=lambda: 1 if free_cpus() >= 1 else 0)
+    return Means(start_gang=_start_on_ray, run_tasks=run_tasks, answers_spikes=True)
 
 
 def check_patiently(lease: Lease) -> None:
@@ -95,23 +96,6 @@ def check_patiently(lease: Lease) -> None:
             time.sleep(1.0)
         else:
             return
-
-
-def beside_gang(config: Config) -> RunTasks:
-    """Merge tasks on the Ray session while a gang waits: on its CPUs, which idle, if there are no others."""
-
-    def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], is_lost: Callable[[], bool]) -> Iterable[Any]:
-        return fan_out_ray(
-            function,
-            tasks,
-            num_in_flight=max(2, config.merge.num_workers),
-            num_cpus=1 if free_cpus() >= 1 else 0,
-            memory_bytes=lambda task: int(task.memory_bytes),
-            should_cancel=is_lost,
-            nodes=config.cluster.merge_nodes,
-        )
-
-    return run_tasks
 
 
 def is_trained(run: RunFolder, config: Config) -> bool:
@@ -177,7 +161,7 @@ def _segment_task(run: RunFolder, config: Config, lease: Lease, means: Means, *,
     )
 
 
-def _on_ray(task: Any, config: Config, name: str, on_wait: Callable[[], object]) -> dict[str, Any]:
+def _start_on_ray(task: Any, config: Config, name: str, on_wait: Callable[[], object]) -> dict[str, Any]:
     with_gpus = wants_gpus(config)
     size = choose_size(config, with_gpus=with_gpus)
     store = open_store(task.run_url)

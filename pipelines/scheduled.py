@@ -104,14 +104,20 @@ def due_now(run: RunFolder, config: Config) -> list[DueMerge[Snapshot]]:
     return due_merges(snapshots, schedule_of(config), merges_made(run.store, run.all_merged()))
 
 
-def on_ray(config: Config, cancelled: Callable[[], bool]) -> RunTasks:
-    """Run merge tasks on the Ray session, ``merge.num_workers`` at once; ``cancelled`` is asked between them."""
+def on_ray(
+    config: Config, cancelled: Callable[[], bool] = lambda: False, *, num_cpus: Callable[[], int] = lambda: 1
+) -> RunTasks:
+    """Run merge tasks on the Ray session, ``merge.num_workers`` at once; ``cancelled`` is asked between them.
+
+    ``num_cpus``, CPUs of a task, is asked when a merge begins.
+    """
 
     def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], is_lost: Callable[[], bool]) -> Iterable[Any]:
         return fan_out_ray(
             function,
             tasks,
             num_in_flight=max(2, config.merge.num_workers),
+            num_cpus=num_cpus(),
             memory_bytes=lambda task: int(task.memory_bytes),
             should_cancel=lambda: cancelled() or is_lost(),
             nodes=config.cluster.merge_nodes,

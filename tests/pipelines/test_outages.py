@@ -132,5 +132,5 @@ def test_gang_storage_away_hides_neither_its_end_nor_the_interrupt(
     monkeypatch.setattr(gangs, "run_gang", run_gang)
     task = SimpleNamespace(run_url=store.url, request_key="requests/1.json")
     with pytest.raises(KeyboardInterrupt):
-        gangs._on_ray(task, small_config(steps=5), "gang", lambda: None)
+        gangs._start_on_ray(task, small_config(steps=5), "gang", lambda: None)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
