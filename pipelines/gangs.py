@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipelines.elastic import GrowthWatch, choose_size, wants_gpus
 from pipelines.merge import RunTasks
 from pipelines.recover import SpikeAnswers, answer_spike, unanswered_alarm
 from pipelines.scheduled import on_ray
+from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.ephemeral import drop_ephemeral
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.checkpoints.safetensors_header import CheckpointError
@@ -60,19 +61,21 @@ def train_to_end(run: RunFolder, config: Config, lease: Lease, means: Means | No
     """
     means = means or on_cluster(config)
     failures, attempt = 0, 0
-    while not is_trained(run, config):
+    while not is_trained(snapshots := run.glances(), config):
         check_patiently(lease)
         if (alarm := unanswered_alarm(run)) is not None:
             answer_spike(run, config, alarm, lease, means.run_tasks)
-        before = _newest_url(run)
-        task = _segment_task(run, config, lease, means, is_after_loss=failures > 0)
+            snapshots = run.glances()
+        cause = "worker lost" if failures else "resume" if snapshots else "start"
+        task = _segment_task(run, config, lease, means, cause=cause)
         answers, tidy = SpikeAnswers(run, config, lease, means.run_tasks), EphemeralTidy(run, config)
         try:
             means.start_gang(task, config, f"{config.name}-{attempt}", _one_after_the_other(answers.look, tidy.look))
         except WorkerLost as lost:
             check_patiently(lease)
             _raise_if_final(lost)
-            failures = _count_failure(run, config, lost, failures if _newest_url(run) == before else 0)
+            is_stuck = _newest_url(run.glances()) == _newest_url(snapshots)
+            failures = _count_failure(run, config, lost, failures if is_stuck else 0)
         else:
             failures = 0
         attempt += 1
@@ -98,9 +101,8 @@ def check_patiently(lease: Lease) -> None:
             return
 
 
-def is_trained(run: RunFolder, config: Config) -> bool:
-    """Whether the run's last step is committed."""
-    snapshots = run.glances()
+def is_trained(snapshots: Sequence[Glance], config: Config) -> bool:
+    """Whether the run's last step is among its living ``snapshots``, by step."""
     return bool(snapshots) and (snapshots[-1].step or 0) >= config.training.total_steps
 
 
@@ -129,8 +131,7 @@ class EphemeralTidy:
             logger.info("ephemeral snapshots stay for now: %s", error)
 
 
-def _newest_url(run: RunFolder) -> str | None:
-    snapshots = run.glances()
+def _newest_url(snapshots: Sequence[Glance]) -> str | None:
     return snapshots[-1].url if snapshots else None
 
 
@@ -147,14 +148,14 @@ def _count_failure(run: RunFolder, config: Config, lost: WorkerLost, failures: i
     return failures + 1
 
 
-def _segment_task(run: RunFolder, config: Config, lease: Lease, means: Means, *, is_after_loss: bool) -> Any:
+def _segment_task(run: RunFolder, config: Config, lease: Lease, means: Means, *, cause: str) -> Any:
     from tasks.training.worker import SegmentTask
 
     return SegmentTask(
         run_url=run.url,
         config=config_to_dict(config),
         lease_token=lease.token,
-        cause="worker lost" if is_after_loss else "resume" if run.glances() else "start",
+        cause=cause,
         launched=time.time(),
         answers_spikes=means.answers_spikes,
         request_key=f"requests/{secrets.token_hex(4)}.json",

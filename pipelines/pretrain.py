@@ -62,7 +62,7 @@ def pretrain_steps(config: Config, start: StartPoint | None = None) -> list[Step
             config={**values, "start": None if start is None else start.digest},
             function=_train,
             units=snapshot_units,
-            is_standing=lambda driven, _: is_trained(driven.run, driven.config),
+            is_standing=lambda driven, _: is_trained(driven.run.glances(), driven.config),
         ),
         Step(
             name="merge",
