@@ -16,6 +16,7 @@ from cluster.errors import GangFailed, StorageError
 from cluster.storage import Store
 from configs.errors import UserError
 from configs.schema import Config
+from pipelines.throttle import Throttle
 from tasks.training.requests import write_request
 from tasks.training.sharding.mesh import plan_mesh
 
@@ -94,15 +95,13 @@ class GrowthWatch:
         self.request_key = request_key
         self.size = size
         self._slots = slots
-        self._clock = clock
-        self._looked_at = clock()
+        self._throttle = Throttle(LOOK_SECONDS, clock=clock)
         self._has_asked = size >= config.training.num_workers
 
     def look(self) -> None:
         """Look for room, if it is time; the request is an object that the gang's rank 0 finds at its next snapshot."""
-        if self._has_asked or self._clock() - self._looked_at < LOOK_SECONDS:
+        if self._has_asked or not self._throttle.passes():
             return
-        self._looked_at = self._clock()
         size = largest_size(self.config, self._slots(self.config.cluster.train_nodes))
         if size is None or size <= self.size:
             return

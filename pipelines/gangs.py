@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from pipelines.elastic import GrowthWatch, choose_size, wants_gpus
 from pipelines.merge import RunTasks
 from pipelines.recover import SpikeAnswers, answer_spike, unanswered_alarm
 from pipelines.scheduled import on_ray
+from pipelines.throttle import Throttle
 from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.ephemeral import drop_ephemeral
 from tasks.checkpoints.run_folder import RunFolder
@@ -117,14 +119,13 @@ class EphemeralTidy:
 
     def __init__(self, run: RunFolder, config: Config) -> None:
         seconds = config.snapshots.ephemeral_seconds
-        self._run, self._pause = run, None if seconds is None else max(seconds, TIDY_SECONDS)
-        self._looked_at = time.monotonic()
+        self._run = run
+        self._throttle = Throttle(math.inf if seconds is None else max(seconds, TIDY_SECONDS))
 
     def look(self) -> None:
         """Take away what is of no use any more, if it is time; storage that fails is left for the next time."""
-        if self._pause is None or time.monotonic() - self._looked_at < self._pause:
+        if not self._throttle.passes():
             return
-        self._looked_at = time.monotonic()
         try:
             drop_ephemeral(self._run)
         except (LeaseHeld, LeaseLost, StorageError, CheckpointError) as error:

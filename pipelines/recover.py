@@ -21,6 +21,7 @@ from configs.load import override_execution
 from configs.schema import Config
 from pipelines.merge import RunTasks, merge_lease, task_runner
 from pipelines.run_lease import hold_run
+from pipelines.throttle import Throttle
 from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.course import AS_CONFIGURED, Course, read_course
 from tasks.checkpoints.manifest import STATE_KEY, read_manifest
@@ -83,20 +84,18 @@ class SpikeAnswers:
 
     def __init__(self, run: RunFolder, config: Config, lease: Lease, run_tasks: RunTasks) -> None:
         self._run, self._config, self._lease, self._run_tasks = run, config, lease, run_tasks
-        self._pause = REMOTE_LOOK_SECONDS if run.store.reads_ahead else 0.0
-        self._looked_at = time.monotonic()
+        self._throttle = Throttle(REMOTE_LOOK_SECONDS if run.store.reads_ahead else 0.0)
 
     def look(self) -> None:
         """Answer an alarm, if there is one; raises :class:`SpikeUnanswered` as :func:`answer_spike`."""
-        if time.monotonic() - self._looked_at < self._pause:
+        if not self._throttle.passes():
             return
-        self._looked_at = time.monotonic()
         try:
             if (alarm := unanswered_alarm(self._run)) is not None:
                 answer_spike(self._run, self._config, alarm, self._lease, self._run_tasks)
         except StorageError as error:
             # The gang is well, or waits: the next look may succeed. What was done is found then.
-            self._pause = REMOTE_LOOK_SECONDS
+            self._throttle.seconds = REMOTE_LOOK_SECONDS
             logger.warning("storage failed while looking for a spike, or answering one: %s", error)
 
 
