@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from typing import Any
 
 from cluster.errors import GangFailed
 from cluster.labels import label_selector
@@ -91,30 +92,22 @@ def require_gpus(count: int) -> None:
 
 def listed_slots(nodes: str | None = None, *, with_gpus: bool = False) -> int:
     """Slots of one CPU (and, with ``with_gpus``, one GPU) on the nodes of the label ``nodes`` that Ray lists as alive."""
-    import ray
-
-    wanted = label_selector(nodes) or {}
-    alive = [n["Resources"] for n in ray.nodes() if n["Alive"] and wanted.items() <= n["Labels"].items()]
-    return sum(_slots_of(resources, with_gpus=with_gpus) for resources in alive)
+    return sum(_slots_of(node, with_gpus=with_gpus) for node in _labelled(nodes) if node["Alive"])
 
 
 def answering_slots(nodes: str | None = None, *, with_gpus: bool = False) -> int:
-    """Slots of one CPU (and, with ``with_gpus``, one GPU) on the nodes of the label ``nodes`` that answer in time.
-
-    They have :data:`ANSWER_SECONDS`.
+    """Slots as :func:`listed_slots`, on those of the nodes alone that answer within :data:`ANSWER_SECONDS`.
 
     Ray takes tens of seconds to strike off a node that is gone; a task that is sent there says so at once.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    wanted = label_selector(nodes) or {}
-    alive = [node for node in ray.nodes() if node["Alive"] and wanted.items() <= node["Labels"].items()]
     here = ray.remote(num_cpus=0, max_retries=0)(lambda: None)
     asked = {
         here.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(): node
-        for node in alive
-        if node["Resources"].get("CPU", 0.0) >= 1
+        for node in _labelled(nodes)
+        if node["Alive"] and node["Resources"].get("CPU", 0.0) >= 1
     }
     answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS) if asked else ([], [])
     for reference in silent:
@@ -123,11 +116,20 @@ def answering_slots(nodes: str | None = None, *, with_gpus: bool = False) -> int
     for reference in answered:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(reference)
-            slots += _slots_of(asked[reference]["Resources"], with_gpus=with_gpus)
+            slots += _slots_of(asked[reference], with_gpus=with_gpus)
     return slots
 
 
-def _slots_of(resources: dict[str, float], *, with_gpus: bool) -> int:
+def _labelled(label: str | None) -> list[dict[str, Any]]:
+    """Nodes (of ``label``) as Ray lists them, dead ones included."""
+    import ray
+
+    wanted = label_selector(label) or {}
+    return [node for node in ray.nodes() if wanted.items() <= node["Labels"].items()]
+
+
+def _slots_of(node: dict[str, Any], *, with_gpus: bool = False) -> int:
+    resources: dict[str, float] = node["Resources"]
     cpus = resources.get("CPU", 0.0)
     return math.floor(min(cpus, resources.get("GPU", 0.0)) if with_gpus else cpus)
 
@@ -139,9 +141,8 @@ def _slots(label: str | None) -> tuple[int, int]:
     """
     import ray
 
-    wanted = label_selector(label) or {}
-    nodes = [node for node in ray.nodes() if wanted.items() <= node["Labels"].items()]
-    total = sum(math.floor(node["Resources"].get("CPU", 0.0)) for node in nodes if node["Alive"])
+    nodes = _labelled(label)
+    total = sum(_slots_of(node) for node in nodes if node["Alive"])
     held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
     is_fraction_held = not math.isclose(held, round(held), abs_tol=1e-3)
     lost = sum(1 for node in nodes if not node["Alive"] and node["DeathReason"] in LOST)
