@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -58,14 +59,14 @@ def recover(
     run = RunFolder(run_url)
     config = override_execution(run.identity().config, overrides)
     alarm = _alarm_at(run, onset) if onset is not None else unanswered_alarm(run) or _alarm_in_journal(run, config)
-    if dry_run:
+    with nullcontext() if dry_run else hold_run(run) as lease:
         plan = plan_by_hand(config, alarm, candidates(run), run.recoveries(), wish, inherited_course(run))
-        return {"run": run.url, "dry_run": True, **describe_plan(plan)}
-    with hold_run(run) as lease:
-        plan = plan_by_hand(config, alarm, candidates(run), run.recoveries(), wish, inherited_course(run))
+        answer = {"run": run.url, "dry_run": dry_run, **describe_plan(plan)}
+        if lease is None:
+            return answer
         with task_runner("local", [run.url, *(s.url for s in plan.inputs)]) as run_tasks:
             recovery = carry_out(run, config, plan, lease, run_tasks)
-    return {"run": run.url, "dry_run": False, **describe_plan(plan), "start": recovery.start.url}
+    return {**answer, "start": recovery.start.url}
 
 
 def answer_spike(run: RunFolder, config: Config, alarm: Alarm, lease: Lease, run_tasks: RunTasks) -> Recovery:
