@@ -100,9 +100,7 @@ class SpikeAnswers:
             logger.warning("storage failed while looking for a spike, or answering one: %s", error)
 
 
-def carry_out(
-    run: RunFolder, config: Config, plan: RecoveryPlan[Glance], lease: Lease, run_tasks: RunTasks
-) -> Recovery:
+def carry_out(run: RunFolder, config: Config, plan: RecoveryPlan, lease: Lease, run_tasks: RunTasks) -> Recovery:
     """Make the start of ``plan``, then put the decision on record."""
     started = time.perf_counter()
     plan = _with_moments_there(plan)
@@ -139,7 +137,7 @@ def inherited_course(run: RunFolder) -> Course:
     return read_course(json.loads(data)) if data is not None else AS_CONFIGURED
 
 
-def describe_plan(plan: RecoveryPlan[Glance]) -> dict[str, Any]:
+def describe_plan(plan: RecoveryPlan) -> dict[str, Any]:
     """``plan`` as JSON has it."""
     return {
         "recovery": plan.number,
@@ -159,7 +157,7 @@ def describe_plan(plan: RecoveryPlan[Glance]) -> dict[str, Any]:
     }
 
 
-def _with_moments_there(plan: RecoveryPlan[Glance]) -> RecoveryPlan[Glance]:
+def _with_moments_there(plan: RecoveryPlan) -> RecoveryPlan:
     """``plan`` with moments that its inputs can give: weights alone leave none to merge."""
     if plan.moments == "reset" or all(read_manifest(open_store(s.url))[0].state_tensors() for s in plan.inputs):
         return plan
@@ -167,7 +165,7 @@ def _with_moments_there(plan: RecoveryPlan[Glance]) -> RecoveryPlan[Glance]:
     return replace(plan, moments="reset")
 
 
-def _merged_start(run: RunFolder, config: Config, plan: RecoveryPlan[Glance], run_tasks: RunTasks) -> StartPoint:
+def _merged_start(run: RunFolder, config: Config, plan: RecoveryPlan, run_tasks: RunTasks) -> StartPoint:
     url = f"{run.url}/merged/recovery-{plan.number:04d}-{METHOD}-n{len(plan.inputs)}-step-{plan.start_step:09d}"
     with merge_lease(url) as lease, hold_pins(plan.inputs):
         merge = plan_merge(

@@ -25,12 +25,12 @@ Reasons = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeReach:
-    """What recoveries from a spike that is yet to come, or to come back, may ask for."""
+    """What a try at a spike asks for."""
 
     count: int
-    """Healthy snapshots that the last try needs."""
+    """Healthy snapshots that it needs."""
     limit_tokens: int
-    """Tokens seen by the newest that the last try may use; earlier tries use later ones. Negative early in a run."""
+    """Tokens seen by the newest that it may use. Negative early in a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Holdings:
     left_behind_merges: Mapping[str, Glance] = field(default_factory=dict)
     """Merges that end on a way which a recovery left behind, by name."""
     reach: SpikeReach | None = None
-    """What recoveries may ask for; None where none will be made."""
+    """Of the last try at a spike that is yet to come, or to come back; those before it use later snapshots. None: no tries."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,55 +10,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from configs.errors import UserError
 from configs.recovery import RecoveryConfig
 from configs.schema import Config
+from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.course import AS_CONFIGURED, Course, course_of
 from tasks.checkpoints.recoveries import Recovery
+from tasks.checkpoints.retention import SpikeReach
 from tasks.data.skips import SkipRange, join_skips, skip_to
 from tasks.recovery.rule import Alarm, SpikeRule
+from tasks.recovery.tries import confirm_steps, margin_tokens, reach_of_try, rewarm_tokens
 
-MORE_PER_ATTEMPT = 2
-"""Snapshots by which a window grows with every further try."""
 RELAPSE_WINDOWS = 10
 """Confirmation windows after an alarm within which the next spike is taken for a relapse: the learning rate is lowered."""
 BY_HAND = "by hand"
+Value = TypeVar("Value")
 
 
 class SpikeUnanswered(Exception):
     """A spike that the run does not get over by itself; the message says what was tried and what can be done."""
 
 
-class Candidate(Protocol):
-    """What choosing a way back asks of a snapshot."""
-
-    @property
-    def step(self) -> int | None:
-        """Completed optimizer steps."""
-
-    @property
-    def tokens_seen(self) -> int | None:
-        """Tokens seen up to it."""
-
-    @property
-    def healthy(self) -> bool:
-        """Whether every step since the one before was finite."""
-
-    @property
-    def phase(self) -> str | None:
-        """Phase of the schedule."""
-
-
-Found = TypeVar("Found", bound=Candidate)
-Value = TypeVar("Value")
-
-
 @dataclass(frozen=True, kw_only=True)
-class RecoveryPlan(Generic[Found]):
+class RecoveryPlan:
     """A recovery that is decided and not yet made: like :class:`Recovery`, with the inputs of its start."""
 
     number: int
@@ -69,7 +47,7 @@ class RecoveryPlan(Generic[Found]):
     """Which try at it, from 1."""
     policy: str
     """What is done."""
-    inputs: Sequence[Found]
+    inputs: Sequence[Glance]
     """Snapshots to merge, oldest first; a single one is gone back to as it is."""
     onset_step: int
     """First step of the trouble."""
@@ -126,10 +104,10 @@ def rule_of(config: Config) -> SpikeRule:
 def plan_recovery(
     config: Config,
     alarm: Alarm,
-    snapshots: Sequence[Found],
+    snapshots: Sequence[Glance],
     history: Sequence[Recovery],
     inherited: Course = AS_CONFIGURED,
-) -> RecoveryPlan[Found]:
+) -> RecoveryPlan:
     """The next try at the spike that ``alarm`` tells of; ``snapshots`` are the run's living ones by step.
 
     ``inherited`` is the course that a branch began on.
@@ -137,118 +115,81 @@ def plan_recovery(
     Raises :class:`SpikeUnanswered` if nothing is left to try: the budget is spent, no snapshot before the onset is
     healthy, or the policy is to stop.
     """
-    rule = config.recovery
-    last = history[-1] if history else None
-    again = last if last is not None and alarm.alarm_step <= last.confirm_step else None
-    attempt = again.attempt + 1 if again else 1
-    if again:
+    rule, before = config.recovery, _try_before(alarm, history)
+    attempt = before.attempt + 1 if before else 1
+    if before:
         # Where the trouble began the first time: what came after it is not to be trusted, though it looked healthy.
-        alarm = replace(alarm, onset_step=min(alarm.onset_step, again.onset_step))
+        alarm = replace(alarm, onset_step=min(alarm.onset_step, before.onset_step))
     _require_budget(config, alarm, history, attempt)
-    inputs = _inputs(config, snapshots, alarm.onset_step, attempt)
+    inputs = _window(snapshots, reach_of_try(config, alarm.onset_step, attempt))
     if not inputs:
         raise SpikeUnanswered(
-            f"{alarm.reason}; there is no healthy snapshot {_margin_tokens(config):,} tokens or more before step {alarm.onset_step}"
+            f"{alarm.reason}; there is no healthy snapshot {margin_tokens(config):,} tokens or more before step {alarm.onset_step}"
             f"{_tried(history)}. {_advice(config)}"
         )
-    course = course_of(last) if last else inherited
-    scale = course.learning_rate_scale
-    is_relapse = last is not None and alarm.onset_step - last.alarm_step <= RELAPSE_WINDOWS * _confirm_steps(config)
-    return _assemble(
-        config,
-        alarm,
-        inputs,
-        len(history) + 1,
-        course.skips,
-        policy=rule.policy,
-        attempt=attempt,
-        incident=again.incident if again else (last.incident if last else 0) + 1,
-        wish=Wish(
-            moments=rule.moments if rule.policy == "pma" else "newest",
-            learning_rate_scale=scale * rule.learning_rate_factor if is_relapse else scale,
-            rewarm_tokens=_or(rule.rewarm_tokens, config.snapshots.interval_tokens // 2) * attempt
-            if rule.policy == "pma"
-            else 0,
-            skip_data=rule.policy != "rollback",
-        ),
+    wish = Wish(
+        moments=rule.moments if rule.policy == "pma" else "newest",
+        learning_rate_scale=_lowered_scale(config, alarm, history),
+        rewarm_tokens=rewarm_tokens(config) * attempt if rule.policy == "pma" else 0,
+        skip_data=rule.policy != "rollback",
     )
+    return _assemble(config, alarm, inputs, history, inherited, wish, policy=rule.policy)
 
 
 def plan_by_hand(
     config: Config,
     alarm: Alarm,
-    snapshots: Sequence[Found],
+    snapshots: Sequence[Glance],
     history: Sequence[Recovery],
     wish: Wish,
     inherited: Course = AS_CONFIGURED,
-) -> RecoveryPlan[Found]:
+) -> RecoveryPlan:
     """A recovery that somebody asks for: no budget, and what ``wish`` says otherwise than the configuration.
 
     Raises :class:`configs.errors.UserError` if no snapshot before ``alarm.onset_step`` is healthy, or fewer than asked for.
     """
-    rule, last = config.recovery, history[-1] if history else None
-    count = _or(wish.count, rule.count)
-    inputs = _before(snapshots, alarm.onset_step, _margin_tokens(config), count, config)
+    count = config.recovery.count if wish.count is None else wish.count
+    inputs = _window(snapshots, replace(reach_of_try(config, alarm.onset_step, 1), count=count))
     if len(inputs) < (wish.count or 1):
         healthy = ", ".join(str(s.step) for s in snapshots if s.healthy) or "none"
         raise UserError(
-            f"--onset {alarm.onset_step} leaves {len(inputs)} healthy snapshots of one phase, {_margin_tokens(config):,} "
+            f"--onset {alarm.onset_step} leaves {len(inputs)} healthy snapshots of one phase, {margin_tokens(config):,} "
             f"tokens or more before it; healthy ones: {healthy}. Ask for a smaller --count, a later --onset or "
             "recovery.margin_tokens=0"
         )
-    incident = last.incident + (alarm.alarm_step > last.confirm_step) if last else 1
-    course = course_of(last) if last else inherited
-    scale = _or(wish.learning_rate_scale, course.learning_rate_scale)
-    settled = Wish(
-        moments=wish.moments or rule.moments,
-        learning_rate_scale=scale,
-        rewarm_tokens=_or(wish.rewarm_tokens, _or(rule.rewarm_tokens, config.snapshots.interval_tokens // 2)),
-        skip_data=wish.skip_data,
-    )
-    attempt = last.attempt + 1 if last and incident == last.incident else 1
-    return _assemble(
-        config,
-        alarm,
-        inputs,
-        len(history) + 1,
-        course.skips,
-        policy=BY_HAND,
-        attempt=attempt,
-        incident=incident,
-        wish=settled,
-    )
+    return _assemble(config, alarm, inputs, history, inherited, wish, policy=BY_HAND)
 
 
 def _assemble(
     config: Config,
     alarm: Alarm,
-    inputs: Sequence[Found],
-    number: int,
-    skips: tuple[SkipRange, ...],
+    inputs: Sequence[Glance],
+    history: Sequence[Recovery],
+    inherited: Course,
+    wish: Wish,
     *,
     policy: str,
-    attempt: int,
-    incident: int,
-    wish: Wish,
-) -> RecoveryPlan[Found]:
-    assert wish.moments and wish.learning_rate_scale is not None and wish.rewarm_tokens is not None
-    if wish.skip_data:
-        skips = skip_stretch(config, skips, inputs[-1].step or 0, alarm.alarm_step)
+) -> RecoveryPlan:
+    """The plan to go back to ``inputs``; what ``wish`` leaves open is as configured, the learning rate as it was."""
+    last, before = history[-1] if history else None, _try_before(alarm, history)
+    course = course_of(last) if last else inherited
+    moments = wish.moments or config.recovery.moments
+    start_step = inputs[-1].step or 0
     return RecoveryPlan(
-        number=number,
-        incident=incident,
-        attempt=attempt,
+        number=len(history) + 1,
+        incident=before.incident if before else (last.incident if last else 0) + 1,
+        attempt=before.attempt + 1 if before else 1,
         policy=policy,
         inputs=inputs,
         onset_step=alarm.onset_step,
         alarm_step=alarm.alarm_step,
         reason=alarm.reason,
         # One snapshot that is gone back to keeps its own state.
-        moments=wish.moments if len(inputs) > 1 or wish.moments == "reset" else "newest",
-        learning_rate_scale=wish.learning_rate_scale,
-        rewarm_tokens=wish.rewarm_tokens,
-        skips=skips,
-        confirm_step=alarm.alarm_step + _confirm_steps(config),
+        moments=moments if len(inputs) > 1 or moments == "reset" else "newest",
+        learning_rate_scale=_or(wish.learning_rate_scale, course.learning_rate_scale),
+        rewarm_tokens=_or(wish.rewarm_tokens, rewarm_tokens(config)),
+        skips=skip_stretch(config, course.skips, start_step, alarm.alarm_step) if wish.skip_data else course.skips,
+        confirm_step=alarm.alarm_step + confirm_steps(config),
     )
 
 
@@ -260,18 +201,22 @@ def skip_stretch(config: Config, skips: Sequence[SkipRange], start_step: int, al
     return join_skips([*skips, SkipRange(at=first, count=end - first)] if end > first else skips)
 
 
-def _inputs(config: Config, snapshots: Sequence[Found], onset_step: int, attempt: int) -> list[Found]:
-    rule = config.recovery
-    margin = _margin_tokens(config) + (attempt - 1) * config.snapshots.interval_tokens
-    count = rule.count + MORE_PER_ATTEMPT * (attempt - 1) if rule.policy == "pma" else 1
-    return _before(snapshots, onset_step, margin, count, config)
+def _try_before(alarm: Alarm, history: Sequence[Recovery]) -> Recovery | None:
+    """The newest recovery, if ``alarm`` tells of the spike that it was a try at."""
+    return history[-1] if history and alarm.alarm_step <= history[-1].confirm_step else None
 
 
-def _before(snapshots: Sequence[Found], onset_step: int, margin_tokens: int, count: int, config: Config) -> list[Found]:
-    """The last ``count`` healthy snapshots of one phase, ``margin_tokens`` or more before the onset."""
-    limit = (onset_step - 1) * config.training.batch_tokens - margin_tokens
-    healthy = [s for s in snapshots if s.healthy and s.tokens_seen is not None and s.tokens_seen <= limit]
-    return [s for s in healthy if s.phase == healthy[-1].phase][-count:]
+def _window(snapshots: Sequence[Glance], reach: SpikeReach) -> list[Glance]:
+    """The last healthy snapshots of one phase that ``reach`` allows."""
+    healthy = [s for s in snapshots if s.healthy and s.tokens_seen is not None and s.tokens_seen <= reach.limit_tokens]
+    return [s for s in healthy if s.phase == healthy[-1].phase][-reach.count :]
+
+
+def _lowered_scale(config: Config, alarm: Alarm, history: Sequence[Recovery]) -> float | None:
+    """Factor on the learning rate after a relapse; None for a spike that is none."""
+    if not history or alarm.onset_step - history[-1].alarm_step > RELAPSE_WINDOWS * confirm_steps(config):
+        return None
+    return history[-1].learning_rate_scale * config.recovery.learning_rate_factor
 
 
 def _require_budget(config: Config, alarm: Alarm, history: Sequence[Recovery], attempt: int) -> None:
@@ -305,15 +250,6 @@ def _advice(config: Config) -> str:
         f"(recovery.max_attempts={config.recovery.max_attempts + 2}) and run the same command again, or look for the cause: "
         "learning rate, data, a faulty machine"
     )
-
-
-def _confirm_steps(config: Config) -> int:
-    tokens = _or(config.recovery.confirm_tokens, 2 * config.snapshots.interval_tokens)
-    return -(-tokens // config.training.batch_tokens)
-
-
-def _margin_tokens(config: Config) -> int:
-    return _or(config.recovery.margin_tokens, config.snapshots.interval_tokens // 2)
 
 
 def _or(value: Value | None, default: Value) -> Value:

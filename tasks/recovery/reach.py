@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from configs.schema import Config
 from tasks.checkpoints.recoveries import Recovery
 from tasks.checkpoints.retention import SpikeReach
-from tasks.recovery.policy import MORE_PER_ATTEMPT
+from tasks.recovery.tries import reach_of_try
 
 
 def reach_of(config: Config, newest_step: int, history: Sequence[Recovery]) -> SpikeReach | None:
@@ -19,15 +19,10 @@ def reach_of(config: Config, newest_step: int, history: Sequence[Recovery]) -> S
     A slow climb, whose onset is where the loss was lowest, can lie further back: it then finds fewer. None where the
     policy never goes back by itself.
     """
-    rule, interval_tokens = config.recovery, config.snapshots.interval_tokens
+    rule = config.recovery
     if rule.policy in ("ignore", "stop"):
         return None
     onset_step = newest_step - rule.patience_steps
     if history and newest_step <= history[-1].confirm_step:
         onset_step = min(onset_step, history[-1].onset_step)
-    margin_tokens = interval_tokens // 2 if rule.margin_tokens is None else rule.margin_tokens
-    more_tries = rule.max_attempts - 1
-    return SpikeReach(
-        count=rule.count + MORE_PER_ATTEMPT * more_tries if rule.policy == "pma" else 1,
-        limit_tokens=(onset_step - 1) * config.training.batch_tokens - margin_tokens - more_tries * interval_tokens,
-    )
+    return reach_of_try(config, onset_step, rule.max_attempts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.recovery import RecoveryConfig
 from configs.schema import Config
+from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.course import Course, course_fields, course_of, read_course
 from tasks.checkpoints.recoveries import Recovery
 from tasks.checkpoints.start_point import StartPoint
@@ -26,18 +27,12 @@ INTERVAL_STEPS = 50
 SEQUENCES = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Placed:
+def at(step: int, *, healthy: bool = True, phase: str = "stable") -> Glance:
     """A snapshot as far as the policy looks."""
-
-    step: int
-    healthy: bool = True
-    phase: str = "stable"
-
-    @property
-    def tokens_seen(self) -> int:
-        """Tokens seen."""
-        return self.step * BATCH
+    return Glance(
+        url=f"/run/snapshots/{step}", kind="training", step=step, tokens_seen=step * BATCH, digest=str(step),
+        healthy=healthy, phase=phase, bytes=1, created=0.0,
+    )  # fmt: skip
 
 
 def config_with(**recovery: Any) -> Config:
@@ -52,12 +47,12 @@ def alarm_at(onset: int, alarm: int) -> Alarm:
     )
 
 
-def placed(*steps: int) -> list[Placed]:
+def placed(*steps: int) -> list[Glance]:
     """Healthy stable snapshots."""
-    return [Placed(step=step) for step in steps]
+    return [at(step) for step in steps]
 
 
-def recorded(plan: RecoveryPlan[Placed]) -> Recovery:
+def recorded(plan: RecoveryPlan) -> Recovery:
     """The plan as it stands once it was carried out."""
     start = StartPoint(url="u", digest="d", step=plan.start_step, tokens_seen=plan.start_step * BATCH)
     names = ("number", "incident", "attempt", "policy", "onset_step", "alarm_step", "reason", "moments",
@@ -83,8 +78,8 @@ def test_margin_is_counted_to_the_last_good_step(margin: int, newest: int) -> No
 
 def test_unhealthy_snapshots_and_other_phases_are_left_out() -> None:
     snapshots = [
-        Placed(step=50, phase="warmup"), Placed(step=100, phase="warmup"), Placed(step=150), Placed(step=200, healthy=False),
-        Placed(step=250),
+        at(50, phase="warmup"), at(100, phase="warmup"), at(150), at(200, healthy=False),
+        at(250),
     ]  # fmt: skip
     plan = plan_recovery(config_with(count=4), alarm_at(400, 420), snapshots, [])
     assert [s.step for s in plan.inputs] == [150, 250]

@@ -50,13 +50,13 @@ def kept(config: Config, snapshots: list[Glance], history: list[Recovery]) -> li
     return [snapshot for snapshot in snapshots if snapshot.url not in gone]
 
 
-def record(plan: RecoveryPlan[Glance]) -> Recovery:
+def record(plan: RecoveryPlan) -> Recovery:
     start = StartPoint(url="u", digest="d", step=plan.start_step, tokens_seen=plan.start_step * BATCH)
     shared = {item.name: getattr(plan, item.name) for item in fields(Recovery) if hasattr(plan, item.name)}
     return Recovery(**shared, start=start, count=len(plan.inputs))
 
 
-def inputs(plan: RecoveryPlan[Glance]) -> list[str]:
+def inputs(plan: RecoveryPlan) -> list[str]:
     return [snapshot.url for snapshot in plan.inputs]
 
 
