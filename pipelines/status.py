@@ -12,6 +12,7 @@ from typing import Any
 from cluster.lease import held_leases
 from cluster.storage import Store
 from configs.load import override_execution
+from configs.schema import Config
 from pipelines.tracking import bring_up_to_date, open_forwarder
 from pipelines.wording import describe_event
 from tasks.checkpoints.catalog import Catalog, Glance
@@ -33,56 +34,23 @@ def status(run_url: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     leases = held_leases(run.store, time.time())
     catalog = Catalog(run.store)
     catalog.refresh()
-    losses = catalog.losses(lambda key: read_loss(run.store.read(key)))
-    suite = suite_of(config)
-
-    def measured(glance: Glance) -> dict[str, Any]:
-        key = evaluation_key(glance.digest, suite)
-        return {"loss": losses.get(key), "evaluated": key in losses}
-
-    snapshots, merged = catalog.snapshots(), catalog.merged()
-    due = due_merges(
-        without_gone(run.store, snapshots), schedule_of(config), merges_made(run.store, catalog.all_merged())
-    )
+    measured = _measured(run, config, catalog)
     return {
         "run": run.url,
         "name": config.name,
         "total_steps": config.training.total_steps,
-        "snapshots": [
-            {
-                "step": s.step,
-                "tokens_seen": s.tokens_seen,
-                "url": s.url,
-                "digest": s.digest,
-                "healthy": s.healthy,
-                "phase": s.phase,
-                **measured(s),
-            }
-            for s in snapshots
-        ],
-        "merged": [
-            {
-                "name": name,
-                "url": m.url,
-                "digest": m.digest,
-                "method": m.method,
-                "inputs": list(m.inputs),
-                **measured(m),
-            }
-            for name, m in merged.items()
-        ],
-        "left_behind": [
-            {"step": s.step, "url": s.url, "digest": s.digest, "healthy": s.healthy} for s in catalog.left_behind()
-        ],
+        "snapshots": [_of_snapshot(glance) | measured(glance) for glance in catalog.snapshots()],
+        "merged": [_of_merge(name, glance) | measured(glance) for name, glance in catalog.merged().items()],
+        "left_behind": [_fields(glance, "step", "url", "digest", "healthy") for glance in catalog.left_behind()],
         "left_behind_merges": [
-            {"name": name, "url": m.url, "digest": m.digest, "method": m.method, "step": m.step}
-            for name, m in catalog.left_behind_merges().items()
+            {"name": name, **_fields(glance, "url", "digest", "method", "step")}
+            for name, glance in catalog.left_behind_merges().items()
         ],
         "segments": run.segments(),
         "recoveries": [dataclasses.asdict(recovery) for recovery in run.recoveries()],
         "branches": run.branches(),
         "leases": leases,
-        "due": [merge.name for merge in due],
+        "due": _due(run, config, catalog),
         "events": newest_events(run.store),
         "tracking": tracking_status(run, is_driven=any(row["name"] == RUN_LEASE for row in leases)),
     }
@@ -153,3 +121,32 @@ def tracking_status(run: RunFolder, *, is_driven: bool) -> dict[str, Any]:
         lag = forwarder.lag() if forwarder else 0
         return {"uri": forwarder.tracker.uri if forwarder else None, "lag": lag, "error": None}
     return bring_up_to_date(run, config)
+
+
+def _due(run: RunFolder, config: Config, catalog: Catalog) -> list[str]:
+    snapshots = without_gone(run.store, catalog.snapshots())
+    due = due_merges(snapshots, schedule_of(config), merges_made(run.store, catalog.all_merged()))
+    return [merge.name for merge in due]
+
+
+def _measured(run: RunFolder, config: Config, catalog: Catalog) -> Callable[[Glance], dict[str, Any]]:
+    """What gives the held-out loss of a checkpoint, and whether it was measured; a loss may be none though it was."""
+    suite, losses = suite_of(config), catalog.losses(lambda key: read_loss(run.store.read(key)))
+
+    def measured(glance: Glance) -> dict[str, Any]:
+        key = evaluation_key(glance.digest, suite)
+        return {"loss": losses.get(key), "evaluated": key in losses}
+
+    return measured
+
+
+def _of_snapshot(glance: Glance) -> dict[str, Any]:
+    return _fields(glance, "step", "tokens_seen", "url", "digest", "healthy", "phase")
+
+
+def _of_merge(name: str, glance: Glance) -> dict[str, Any]:
+    return {"name": name, **_fields(glance, "url", "digest", "method"), "inputs": list(glance.inputs)}
+
+
+def _fields(glance: Glance, *names: str) -> dict[str, Any]:
+    return {name: getattr(glance, name) for name in names}
