@@ -54,8 +54,8 @@ def run_gang(
 
     Ray Train gets no checkpoints: where to resume is decided by ``body`` from committed manifests. ``on_wait`` is called
     now and then while the gang is at work. Ctrl-C or SIGTERM calls ``on_interrupt`` once and leaves the gang
-    :data:`GRACE_SECONDS` to end by itself before it is taken down; a second one does not wait. Raises :class:`WorkerLost` if any worker failed; starting again is the caller's
-    decision.
+    :data:`GRACE_SECONDS` to end by itself before it is taken down; a second one does not wait. Raises
+    :class:`WorkerLost` if any worker failed; starting again is the caller's decision.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer

@@ -1,8 +1,8 @@
 """The metrics journal: what was measured, as new objects under the run URL, before anyone forwards it.
 
-Each object holds JSON lines ``{"step", "tokens", "time", "metrics": {...}}`` of one writer. Nothing
-is appended to or rewritten. Storage that is away does not end training: lines wait for it, within a bound. A gang that goes back to a snapshot journals the replayed steps again
-under a later segment; readers keep the latest segment's word for each step.
+Each object holds JSON lines ``{"step", "tokens", "time", "metrics": {...}}`` of one writer. Nothing is appended to or
+rewritten. Storage that is away does not end training: lines wait for it, within a bound. A gang that goes back to a
+snapshot journals the replayed steps again under a later segment; readers keep the latest segment's word for each step.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Throttle:
-    """Lets pass not more often than every ``seconds``, the first time that long after it was made; infinity never passes."""
+    """Lets pass not more often than every ``seconds``, the first time that long after it was made; ``inf`` never."""
 
     def __init__(self, seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds

@@ -50,7 +50,7 @@ class Holdings:
     left_behind_merges: Mapping[str, Glance] = field(default_factory=dict)
     """Merges that end on a way which a recovery left behind, by name."""
     reach: SpikeReach | None = None
-    """Of the last try at a spike that is yet to come, or to come back; those before it use later snapshots. None: no tries."""
+    """Of the last try at a spike that is yet to come, or to come back; earlier tries use later ones. None: no tries."""
 
 
 @dataclass(frozen=True, kw_only=True)
