@@ -68,8 +68,9 @@ def compare_windows(run: RunFolder, config: Config) -> None:
 
 def comparison_units(driven: Driven) -> list[Unit]:
     """The merges of the table that the last step will have snapshots for."""
-    done, size = driven.run.merged(), model_bytes(driven)
-    expected = expected_snapshots(driven)
+    look = driven.run.look()
+    done, size = look.merged(), model_bytes(driven, look)
+    expected = expected_snapshots(driven, look)
     rules = [rule for rule in comparison_rules(driven.config) if windows_at_end(expected, rule)]
     last = expected[-1] if expected else None
     names = {rule.output_name(last.step, last.recovery): rule.count for rule in rules if last}

@@ -15,7 +15,7 @@ from configs.load import override_execution
 from configs.schema import Config
 from pipelines.tracking import CURSOR_KEY
 from tasks.checkpoints.attempts import Attempt, find_attempts, remove_attempts, writers_at_work
-from tasks.checkpoints.catalog import Catalog, Glance
+from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.collect import Collection, collect
 from tasks.checkpoints.dooms import merges_made, names_going, without_gone
 from tasks.checkpoints.pins import pins_in_force
@@ -82,13 +82,12 @@ def survey(run: RunFolder, config: Config, now: float) -> RetentionPlan:
     """
     pins = pins_in_force(run.store, now)
     is_evaluating = not EVALUATORS.isdisjoint(writers_at_work(run.store, now))
-    catalog = Catalog(run.store)
-    catalog.refresh()
-    snapshots = without_gone(run.store, catalog.snapshots())
-    left = without_gone(run.store, catalog.left_behind())
-    merged = _by_name(without_gone(run.store, catalog.merged().values()))
-    left_merges = _by_name(without_gone(run.store, catalog.left_behind_merges().values()))
-    all_merged, recoveries, segments = {**merged, **left_merges}, run.recoveries(), run.segments()
+    look = run.look()
+    snapshots = without_gone(run.store, look.snapshots())
+    left = without_gone(run.store, look.left_behind())
+    merged = _by_name(without_gone(run.store, look.merged().values()))
+    left_merges = _by_name(without_gone(run.store, look.left_behind_merges().values()))
+    all_merged, segments = {**merged, **left_merges}, run.segments()
     rows = schedule_of(config)
     ends = config.training.total_tokens if snapshots and snapshots[-1].kind == "training" else None
     holdings = [(f"snapshots/{folder_of(s)}", s) for s in (*snapshots, *left)] + [
@@ -100,7 +99,7 @@ def survey(run: RunFolder, config: Config, now: float) -> RetentionPlan:
         reasons_of_windows(snapshots, rows, merges_made(run.store, all_merged), last_tokens=ends),
         reasons_of_starts({n: start for n, b in branches.items() if (start := b.identity().start)}, holdings),
         reasons_of_segments(segments, snapshots),
-        reasons_of_recoveries({recovery.number: recovery.start for recovery in recoveries}, all_merged),
+        reasons_of_recoveries({recovery.number: recovery.start for recovery in look.recoveries}, all_merged),
         reasons_of_registered(registered_digests(run.store), _merges(all_merged, branches), holdings),
         _reasons_of_evaluation(run, config, holdings) if is_evaluating else {},
     )
@@ -113,7 +112,7 @@ def survey(run: RunFolder, config: Config, now: float) -> RetentionPlan:
             surplus=surplus,
             left_behind=tuple(left),
             left_behind_merges=left_merges,
-            reach=_reach(config, snapshots, segments, recoveries),
+            reach=_reach(config, snapshots, segments, look.recoveries),
         ),
         config.retention,
         interval_tokens=config.snapshots.interval_tokens,
@@ -172,9 +171,7 @@ def _merges(merged: Mapping[str, Glance], branches: Mapping[str, RunFolder]) -> 
     """Merges of the run and of its branches, which may have inputs here."""
     found = list(merged.values())
     for branch in branches.values():
-        catalog = Catalog(branch.store)
-        catalog.refresh()
-        found += catalog.all_merged().values()
+        found += branch.look().all_merged().values()
     return found
 
 

@@ -113,7 +113,7 @@ def estimate(name: str, driven: Driven, left: Sequence[Unit], speeds: Mapping[st
     """Seconds that the units ``left`` of a step will take at the speeds measured on this run."""
     if name == "train":
         begun = driven.start.tokens_seen if driven.start else 0
-        seen = max((s.tokens_seen or 0 for s in driven.run.snapshots()), default=begun)
+        seen = max((s.tokens_seen or 0 for s in driven.run.glances()), default=begun)
         tokens = driven.config.training.total_tokens - seen
         return round(tokens / speeds["tokens"], 1) if "tokens" in speeds else None
     if name in ("merge", "compare"):

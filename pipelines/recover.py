@@ -23,7 +23,7 @@ from configs.schema import Config
 from pipelines.merge import RunTasks, merge_lease, task_runner
 from pipelines.run_lease import hold_run
 from pipelines.throttle import Throttle
-from tasks.checkpoints.catalog import Glance
+from tasks.checkpoints.catalog import Glance, Look
 from tasks.checkpoints.course import AS_CONFIGURED, Course, read_course
 from tasks.checkpoints.manifest import STATE_KEY, read_manifest
 from tasks.checkpoints.pins import hold_pins
@@ -60,7 +60,8 @@ def recover(
     config = override_execution(run.identity().config, overrides)
     alarm = _alarm_at(run, onset) if onset is not None else unanswered_alarm(run) or _alarm_in_journal(run, config)
     with nullcontext() if dry_run else hold_run(run) as lease:
-        plan = plan_by_hand(config, alarm, candidates(run), run.recoveries(), wish, inherited_course(run))
+        look = run.look()
+        plan = plan_by_hand(config, alarm, candidates(look), look.recoveries, wish, inherited_course(run))
         answer = {"run": run.url, "dry_run": dry_run, **describe_plan(plan)}
         if lease is None:
             return answer
@@ -71,8 +72,9 @@ def recover(
 
 def answer_spike(run: RunFolder, config: Config, alarm: Alarm, lease: Lease, run_tasks: RunTasks) -> Recovery:
     """The run's own answer to ``alarm``; raises :class:`SpikeUnanswered` if it has none left."""
+    look = run.look()
     try:
-        plan = plan_recovery(config, alarm, candidates(run), run.recoveries(), inherited_course(run))
+        plan = plan_recovery(config, alarm, candidates(look), look.recoveries, inherited_course(run))
     except SpikeUnanswered as given_up:
         write_event(run.store, "spike-unanswered", {"step": alarm.alarm_step, "message": str(given_up)})
         raise
@@ -125,9 +127,9 @@ def unanswered_alarm(run: RunFolder) -> Alarm | None:
     return None if answered else parse_alarm(end["alarm"])
 
 
-def candidates(run: RunFolder) -> list[Glance]:
+def candidates(look: Look) -> list[Glance]:
     """Snapshots that a recovery may go back to, by step."""
-    return [s for s in run.glances() if s.kind == "training" and not s.ephemeral]
+    return [s for s in look.snapshots() if s.kind == "training" and not s.ephemeral]
 
 
 def inherited_course(run: RunFolder) -> Course:

@@ -19,9 +19,10 @@ from configs.errors import UserError
 from configs.load import config_to_dict
 from configs.schema import Config
 from pipelines.merge import RunTasks, merge_lease
-from tasks.checkpoints.dooms import merges_made, names_going, without_gone
+from tasks.checkpoints.catalog import Glance
+from tasks.checkpoints.dooms import merges_made, without_doomed, without_gone
 from tasks.checkpoints.pins import InputCollected, hold_pins
-from tasks.checkpoints.run_folder import RunFolder, Snapshot, snapshot_key
+from tasks.checkpoints.run_folder import RunFolder
 from tasks.checkpoints.safetensors_header import CheckpointError
 from tasks.checkpoints.tied import open_untied
 from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
@@ -98,10 +99,11 @@ def merge_window(
     return report
 
 
-def due_now(run: RunFolder, config: Config) -> list[DueMerge[Snapshot]]:
+def due_now(run: RunFolder, config: Config) -> list[DueMerge[Glance]]:
     """Merges that the run's schedule asks for and that are not made yet."""
-    snapshots = without_gone(run.store, run.snapshots())
-    return due_merges(snapshots, schedule_of(config), merges_made(run.store, run.all_merged()))
+    look = run.look()
+    snapshots = without_gone(run.store, look.snapshots())
+    return due_merges(snapshots, schedule_of(config), merges_made(run.store, look.all_merged()))
 
 
 def on_ray(
@@ -130,18 +132,11 @@ def unevaluated(run: RunFolder, config: Config) -> list[str]:
     """URLs of committed checkpoints that lack an evaluation record and are to have one, merged ones first, newest first."""
     suite, rows = suite_of(config), schedule_of(config)
     done = set(run.store.keys("evaluations"))
-    going = names_going(run.store)
-
-    def pending(folder: str, digest: str) -> bool:
-        return evaluation_key(digest, suite) not in done and folder not in going
-
-    merged = [
-        f"{run.url}/merged/{name}"
-        for name, manifest in run.merged().items()
-        if pending(f"merged/{name}", manifest.digest) and is_evaluated(name, manifest, rows)
-    ]
-    raw = [s.url for s in on_grid(run.snapshots()) if pending(snapshot_key(s.step, s.recovery), s.digest)]
-    return sorted(merged, reverse=True) + raw[::-1]
+    look = run.look()
+    merged = [glance for name, glance in look.merged().items() if is_evaluated(name, glance, rows)]
+    newest_first = [*sorted(merged, key=lambda glance: glance.url, reverse=True), *on_grid(look.snapshots())[::-1]]
+    waiting = [glance for glance in newest_first if evaluation_key(glance.digest, suite) not in done]
+    return [glance.url for glance in without_doomed(run.store, waiting)]
 
 
 def evaluate_all(

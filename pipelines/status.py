@@ -15,7 +15,7 @@ from configs.load import override_execution
 from configs.schema import Config
 from pipelines.tracking import bring_up_to_date, open_forwarder
 from pipelines.wording import describe_event
-from tasks.checkpoints.catalog import Catalog, Glance
+from tasks.checkpoints.catalog import Glance, Look
 from tasks.checkpoints.dooms import merges_made, without_gone
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
 from tasks.evaluation.held_out import evaluation_key, read_loss, suite_of
@@ -32,25 +32,23 @@ def status(run_url: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     run = RunFolder(run_url)
     config = override_execution(run.identity().config, overrides)
     leases = held_leases(run.store, time.time())
-    catalog = Catalog(run.store)
-    catalog.refresh()
-    measured = _measured(run, config, catalog)
+    look, measured = run.look(), _measured(run, config)
     return {
         "run": run.url,
         "name": config.name,
         "total_steps": config.training.total_steps,
-        "snapshots": [_of_snapshot(glance) | measured(glance) for glance in catalog.snapshots()],
-        "merged": [_of_merge(name, glance) | measured(glance) for name, glance in catalog.merged().items()],
-        "left_behind": [_fields(glance, "step", "url", "digest", "healthy") for glance in catalog.left_behind()],
+        "snapshots": [_of_snapshot(glance) | measured(glance) for glance in look.snapshots()],
+        "merged": [_of_merge(name, glance) | measured(glance) for name, glance in look.merged().items()],
+        "left_behind": [_fields(glance, "step", "url", "digest", "healthy") for glance in look.left_behind()],
         "left_behind_merges": [
             {"name": name, **_fields(glance, "url", "digest", "method", "step")}
-            for name, glance in catalog.left_behind_merges().items()
+            for name, glance in look.left_behind_merges().items()
         ],
         "segments": run.segments(),
-        "recoveries": [dataclasses.asdict(recovery) for recovery in run.recoveries()],
+        "recoveries": [dataclasses.asdict(recovery) for recovery in look.recoveries],
         "branches": run.branches(),
         "leases": leases,
-        "due": _due(run, config, catalog),
+        "due": _due(run, config, look),
         "events": newest_events(run.store),
         "tracking": tracking_status(run, is_driven=any(row["name"] == RUN_LEASE for row in leases)),
     }
@@ -123,15 +121,15 @@ def tracking_status(run: RunFolder, *, is_driven: bool) -> dict[str, Any]:
     return bring_up_to_date(run, config)
 
 
-def _due(run: RunFolder, config: Config, catalog: Catalog) -> list[str]:
-    snapshots = without_gone(run.store, catalog.snapshots())
-    due = due_merges(snapshots, schedule_of(config), merges_made(run.store, catalog.all_merged()))
+def _due(run: RunFolder, config: Config, look: Look) -> list[str]:
+    snapshots = without_gone(run.store, look.snapshots())
+    due = due_merges(snapshots, schedule_of(config), merges_made(run.store, look.all_merged()))
     return [merge.name for merge in due]
 
 
-def _measured(run: RunFolder, config: Config, catalog: Catalog) -> Callable[[Glance], dict[str, Any]]:
+def _measured(run: RunFolder, config: Config) -> Callable[[Glance], dict[str, Any]]:
     """What gives the held-out loss of a checkpoint, and whether it was measured; a loss may be none though it was."""
-    suite, losses = suite_of(config), catalog.losses(lambda key: read_loss(run.store.read(key)))
+    suite, losses = suite_of(config), run.catalog.losses(lambda key: read_loss(run.store.read(key)))
 
     def measured(glance: Glance) -> dict[str, Any]:
         key = evaluation_key(glance.digest, suite)

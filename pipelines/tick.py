@@ -18,7 +18,7 @@ from configs.schema import Config
 from pipelines.adopt import SOURCES, Growth, adopt_new
 from pipelines.merge import require_workers, task_runner
 from pipelines.scheduled import Round, make_merges
-from tasks.checkpoints.catalog import Catalog, Glance
+from tasks.checkpoints.catalog import Glance, Look
 from tasks.checkpoints.dooms import merges_made, without_gone
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
@@ -42,14 +42,15 @@ def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local
     run = RunFolder(run_url)
     config = override_execution(run.identity().config, overrides)
     rows = schedule_of(config)
-    catalog = Catalog(run.store)
-    catalog.refresh()
-    growth = _adopt(run, catalog)
-    snapshots = without_gone(run.store, catalog.snapshots())
-    due = due_merges(snapshots, rows, merges_made(run.store, catalog.all_merged()))
+    look = run.look()
+    growth = _adopt(run, look)
+    if growth.adopted:
+        look = run.look()
+    snapshots = without_gone(run.store, look.snapshots())
+    due = due_merges(snapshots, rows, merges_made(run.store, look.all_merged()))
     outcome = _merge(run, config, due, workers)
     if due:
-        catalog.refresh()
+        look = run.look()
     if outcome.held and not outcome.merged and not outcome.failed and not growth.adopted:
         raise LeaseHeld("; ".join(outcome.held.values()))
     reasons = [*outcome.skipped.values(), *outcome.held.values()]
@@ -57,11 +58,11 @@ def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local
         "run": run.url,
         "ok": not outcome.failed,
         "merged": outcome.merged,
-        "skipped": "; ".join(reasons) or (None if due else describe_schedule(catalog.snapshots(), rows)),
+        "skipped": "; ".join(reasons) or (None if due else describe_schedule(look.snapshots(), rows)),
         "failed": [{"name": name, "reason": str(error)} for name, error in outcome.failed.items()],
         "adopted": growth.adopted,
         "waiting": [{"url": url, "reason": reason} for url, reason in growth.waiting.items()],
-        "evaluated": _evaluate(run, config, catalog, workers),
+        "evaluated": _evaluate(run, config, look, workers),
         "seconds": round(time.perf_counter() - started, 3),
     }
 
@@ -113,11 +114,10 @@ def is_complete(run_url: str) -> bool:
     """Whether the run's last step is committed and nothing is due."""
     run = RunFolder(run_url)
     config = run.identity().config
-    catalog = Catalog(run.store)
-    catalog.refresh()
-    snapshots = catalog.snapshots()
+    look = run.look()
+    snapshots = look.snapshots()
     ended = bool(snapshots) and (snapshots[-1].tokens_seen or 0) >= config.training.total_tokens
-    return ended and not due_merges(snapshots, schedule_of(config), merges_made(run.store, catalog.all_merged()))
+    return ended and not due_merges(snapshots, schedule_of(config), merges_made(run.store, look.all_merged()))
 
 
 def _merge(run: RunFolder, config: Config, due: Sequence[DueMerge[Glance]], workers: str) -> Round:
@@ -128,29 +128,25 @@ def _merge(run: RunFolder, config: Config, due: Sequence[DueMerge[Glance]], work
         return make_merges(run, config, due, run_tasks)
 
 
-def _adopt(run: RunFolder, catalog: Catalog) -> Growth:
+def _adopt(run: RunFolder, look: Look) -> Growth:
     """Adopt under a lease, which is asked for only if the run has sources."""
     if not run.store.keys(SOURCES):
         return Growth()
     try:
         with hold_lease(run.store, ADOPT_LEASE):
-            growth = adopt_new(run, {snapshot.step for snapshot in catalog.snapshots() if snapshot.step is not None})
+            return adopt_new(run, {snapshot.step for snapshot in look.snapshots() if snapshot.step is not None})
     except LeaseHeld as held:
         return Growth(waiting={run.url: str(held)})
-    if growth.adopted:
-        catalog.refresh()
-    return growth
 
 
-def _evaluate(run: RunFolder, config: Config, catalog: Catalog, workers: str) -> list[str]:
+def _evaluate(run: RunFolder, config: Config, look: Look, workers: str) -> list[str]:
     """Evaluate the merges that lack it, where a row of the schedule asks for it; URLs of what was evaluated."""
-    if not _unevaluated_merges(run, config, catalog):
+    if not _unevaluated_merges(run, config, look):
         return []
     try:
         with hold_lease(run.store, EVALUATE_LEASE):
             # Again, now that nobody else evaluates: the one before may have, and retention may have taken some away.
-            catalog.refresh()
-            urls = _unevaluated_merges(run, config, catalog)
+            urls = _unevaluated_merges(run, config, run.look())
             task = EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(urls))
             if urls:
                 _run_alone(evaluate_checkpoints, task, workers, config.cluster.merge_nodes)
@@ -160,10 +156,10 @@ def _evaluate(run: RunFolder, config: Config, catalog: Catalog, workers: str) ->
     return urls
 
 
-def _unevaluated_merges(run: RunFolder, config: Config, catalog: Catalog) -> list[str]:
+def _unevaluated_merges(run: RunFolder, config: Config, look: Look) -> list[str]:
     rows = schedule_of(config)
     wanted: list[tuple[str, Glance]] = [
-        (name, glance) for name, glance in catalog.merged().items() if is_evaluated(name, glance, rows)
+        (name, glance) for name, glance in look.merged().items() if is_evaluated(name, glance, rows)
     ]
     if not wanted or not any(row.evaluate for row in rows):
         return []

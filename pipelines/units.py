@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from cluster.storage import open_store
 from pipelines.driven import Driven
 from pipelines.steps import Unit
+from tasks.checkpoints.catalog import Glance, Look
 from tasks.checkpoints.dooms import merges_made
 from tasks.checkpoints.manifest import Manifest, read_manifest
-from tasks.checkpoints.run_folder import Snapshot, snapshot_key
+from tasks.checkpoints.run_folder import snapshot_key
 from tasks.evaluation.held_out import evaluation_key, suite_of
-from tasks.merging.schedule import DueMerge, due_merges, schedule_of
+from tasks.merging.schedule import due_merges, schedule_of
 from tasks.training.schedule import phase_at
 
 STATE_FACTOR = 3
@@ -37,7 +38,7 @@ class Expected:
     """Recoveries in force when it was or will be made."""
     ephemeral: bool = False
     """Whether it is there to resume from alone, and in no window."""
-    committed: Snapshot | None = None
+    committed: Glance | None = None
     """The snapshot, once it is there."""
 
     @property
@@ -46,8 +47,8 @@ class Expected:
         return snapshot_key(self.step, self.recovery).rpartition("/")[2]
 
 
-def expected_snapshots(driven: Driven) -> list[Expected]:
-    """Committed snapshots, and those that training to the end will add, by step."""
+def expected_snapshots(driven: Driven, look: Look) -> list[Expected]:
+    """Snapshots that ``look`` saw, and those that training to the end will add, by step."""
     config, start = driven.config, driven.start
     batch = config.training.batch_tokens
     interval, total = config.snapshots.interval_tokens // batch, config.training.total_steps
@@ -62,47 +63,50 @@ def expected_snapshots(driven: Driven) -> list[Expected]:
             ephemeral=s.ephemeral,
             committed=s,
         )
-        for s in driven.run.snapshots()
+        for s in look.snapshots()
+        if s.step is not None
     }
-    newest, recovery = max(found, default=begun), len(driven.run.recoveries())
+    newest = max(found, default=begun)
     for step in {*range(interval, total + 1, interval), total}:
         if step > newest:
             found[step] = Expected(
-                step=step, tokens_seen=step * batch, phase=phase_at(config, step * batch), recovery=recovery
+                step=step,
+                tokens_seen=step * batch,
+                phase=phase_at(config, step * batch),
+                recovery=len(look.recoveries),
             )
     return [found[step] for step in sorted(found)]
 
 
-def expected_merges(driven: Driven) -> list[DueMerge[Expected]]:
-    """Merges of the schedule that the run has or will have."""
-    return due_merges(expected_snapshots(driven), schedule_of(driven.config), ())
-
-
 def snapshot_units(driven: Driven) -> list[Unit]:
     """The snapshots of the run."""
-    size = model_bytes(driven) * STATE_FACTOR
+    look = driven.run.look()
+    size = model_bytes(driven, look) * STATE_FACTOR
     return [
         Unit(name=item.name, is_done=item.committed is not None, bytes_written=size)
-        for item in expected_snapshots(driven)
+        for item in expected_snapshots(driven, look)
     ]
 
 
 def merge_units(driven: Driven) -> list[Unit]:
     """The scheduled merges of the run."""
-    done, size = merges_made(driven.run.store, driven.run.all_merged()), model_bytes(driven)
+    look = driven.run.look()
+    done, size = merges_made(driven.run.store, look.all_merged()), model_bytes(driven, look)
     return [
         Unit(name=merge.name, is_done=merge.name in done, bytes_read=len(merge.window) * size, bytes_written=size)
-        for merge in expected_merges(driven)
+        for merge in due_merges(expected_snapshots(driven, look), schedule_of(driven.config), ())
     ]
 
 
 def evaluation_units(driven: Driven, *, merges: bool = True) -> list[Unit]:
     """The evaluations of the run's snapshots and, with ``merges``, of its scheduled merges."""
-    suite, size, merged = suite_of(driven.config), model_bytes(driven), driven.run.merged()
+    look = driven.run.look()
+    suite, size, merged = suite_of(driven.config), model_bytes(driven, look), look.merged()
     done = set(driven.run.store.keys("evaluations"))
     rows = [row for row in schedule_of(driven.config) if row.evaluate and merges]
-    digests = {item.name: item.committed.digest if item.committed else None for item in expected_snapshots(driven)}
-    for merge in due_merges(expected_snapshots(driven), rows, ()):
+    expected = expected_snapshots(driven, look)
+    digests = {item.name: item.committed.digest if item.committed else None for item in expected}
+    for merge in due_merges(expected, rows, ()):
         digests[merge.name] = merged[merge.name].digest if merge.name in merged else None
     return [
         Unit(name=name, is_done=digest is not None and evaluation_key(digest, suite) in done, bytes_read=size)
@@ -110,11 +114,11 @@ def evaluation_units(driven: Driven, *, merges: bool = True) -> list[Unit]:
     ]
 
 
-def model_bytes(driven: Driven) -> int:
+def model_bytes(driven: Driven, look: Look) -> int:
     """Bytes of the weights of one checkpoint: of the newest snapshot or, before there is one, of the configured model."""
-    snapshots = driven.run.snapshots()
+    snapshots = look.snapshots()
     if snapshots:
-        return _model_part(snapshots[-1].manifest)
+        return _model_part(read_manifest(open_store(snapshots[-1].url))[0])
     if driven.start is not None and driven.start.digest:
         return _model_part(read_manifest(open_store(driven.start.url))[0])
     from tasks.models.build import count_parameters

@@ -11,7 +11,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,61 +63,27 @@ class Glance:
     """URLs of what was merged, oldest first."""
 
 
-class Catalog:
-    """Committed snapshots and merges of the run at ``store``."""
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a run held when somebody looked."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self._rows: dict[str, tuple[str, Glance]] = {}
-        """Folder below the run to the manifest's version and what it says."""
-        self._losses: dict[str, float | None] = {}
-        self._recoveries: list[Recovery] = []
-        self._is_read = False
-
-    def refresh(self) -> None:
-        """Look for what was committed or removed since; three listings, and one read per new manifest and per recovery."""
-        self._require_cache()
-        folders = [f"{part}/{name}" for part in ("snapshots", "merged") for name in self.store.folders(part)]
-        known = {folder: self._rows[folder] for folder in folders if folder in self._rows and self._is_current(folder)}
-        new = fan_out_local(self._look, [f for f in folders if f not in known], num_workers=NUM_READERS)
-        rows = known | {folder: row for folder, row in new if row is not None}
-        # After the snapshots: one that was committed in between belongs to a recovery that is then read, too.
-        self._recoveries = read_recoveries(self.store)
-        if rows != self._rows:
-            self._rows = rows
-            self._write_cache()
-
-    def losses(self, read: Callable[[str], float | None]) -> dict[str, float | None]:
-        """Held-out loss of every evaluation record of the run, by key; ``read`` is asked for those that are new.
-
-        None stands for a loss that is not finite: neither JSON nor a fingerprint has a number for it.
-        """
-        self._require_cache()
-        keys = self.store.keys("evaluations")
-        new = [key for key in keys if key not in self._losses]
-        found = {key: loss for key, loss in self._losses.items() if key in set(keys)}
-        found |= dict(fan_out_local(lambda key: (key, _finite(read(key))), new, num_workers=NUM_READERS))
-        if found != self._losses:
-            self._losses = found
-            self._write_cache()
-        return found
+    rows: Mapping[str, Glance]
+    """Committed snapshots and merges by folder below the run."""
+    recoveries: tuple[Recovery, ...]
+    """Oldest first."""
 
     def snapshots(self) -> list[Glance]:
-        """Snapshots by step, as of the last :meth:`refresh`, without those that a recovery left behind."""
-        return living(self._all_snapshots(), self._recoveries)
+        """Snapshots by step, without those that a recovery left behind."""
+        return living(self._all_snapshots(), self.recoveries)
 
     def left_behind(self) -> list[Glance]:
         """Snapshots by step that a recovery left behind."""
         kept = {glance.url for glance in self.snapshots()}
         return [glance for glance in self._all_snapshots() if glance.url not in kept]
 
-    def _all_snapshots(self) -> list[Glance]:
-        found = [glance for folder, (_, glance) in self._rows.items() if folder.startswith("snapshots/")]
-        return sorted((g for g in found if g.step is not None), key=lambda glance: (glance.step or 0, glance.recovery))
-
     def merged(self) -> dict[str, Glance]:
-        """Merged checkpoints by name, as of the last :meth:`refresh`, without those that a recovery left behind."""
-        return {name: glance for name, glance in self.all_merged().items() if living([glance], self._recoveries)}
+        """Merged checkpoints by name, without those that a recovery left behind."""
+        return {name: glance for name, glance in self.all_merged().items() if living([glance], self.recoveries)}
 
     def left_behind_merges(self) -> dict[str, Glance]:
         """Merged checkpoints by name that end on a way which a recovery left behind."""
@@ -125,8 +92,57 @@ class Catalog:
 
     def all_merged(self) -> dict[str, Glance]:
         """Merged checkpoints by name, those that a recovery left behind included."""
-        rows = {folder: glance for folder, (_, glance) in sorted(self._rows.items())}
-        return {f.removeprefix("merged/"): glance for f, glance in rows.items() if f.startswith("merged/")}
+        rows = sorted(self.rows.items())
+        return {f.removeprefix("merged/"): glance for f, glance in rows if f.startswith("merged/")}
+
+    def _all_snapshots(self) -> list[Glance]:
+        found = [glance for folder, glance in self.rows.items() if folder.startswith("snapshots/")]
+        return sorted((g for g in found if g.step is not None), key=lambda glance: (glance.step or 0, glance.recovery))
+
+
+class Catalog:
+    """What was read of the manifests of the run at ``store``; threads may share one."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._lock = threading.Lock()
+        self._rows: dict[str, tuple[str, Glance]] = {}
+        """Folder below the run to the manifest's version and what it says."""
+        self._losses: dict[str, float | None] = {}
+        self._is_read = False
+
+    def look(self) -> Look:
+        """What is committed now; three listings, and one read per new manifest and per recovery."""
+        with self._lock:
+            self._require_cache()
+            folders = [f"{part}/{name}" for part in ("snapshots", "merged") for name in self.store.folders(part)]
+            known = {
+                folder: self._rows[folder] for folder in folders if folder in self._rows and self._is_current(folder)
+            }
+            new = fan_out_local(self._read, [f for f in folders if f not in known], num_workers=NUM_READERS)
+            rows = known | {folder: row for folder, row in new if row is not None}
+            # After the snapshots: one that was committed in between belongs to a recovery that is then read, too.
+            recoveries = read_recoveries(self.store)
+            if rows != self._rows:
+                self._rows = rows
+                self._write_cache()
+            return Look(rows={folder: glance for folder, (_, glance) in rows.items()}, recoveries=tuple(recoveries))
+
+    def losses(self, read: Callable[[str], float | None]) -> dict[str, float | None]:
+        """Held-out loss of every evaluation record of the run, by key; ``read`` is asked for those that are new.
+
+        None stands for a loss that is not finite: neither JSON nor a fingerprint has a number for it.
+        """
+        with self._lock:
+            self._require_cache()
+            keys = self.store.keys("evaluations")
+            new = [key for key in keys if key not in self._losses]
+            found = {key: loss for key, loss in self._losses.items() if key in set(keys)}
+            found |= dict(fan_out_local(lambda key: (key, _finite(read(key))), new, num_workers=NUM_READERS))
+            if found != self._losses:
+                self._losses = found
+                self._write_cache()
+            return found
 
     def _is_current(self, folder: str) -> bool:
         """Whether the manifest that was read is the one that is there; over a network, whether its folder is."""
@@ -140,7 +156,7 @@ class Catalog:
         except ObjectMissing:
             return "gone"
 
-    def _look(self, folder: str) -> tuple[str, tuple[str, Glance] | None]:
+    def _read(self, folder: str) -> tuple[str, tuple[str, Glance] | None]:
         key = f"{folder}/{MANIFEST_KEY}"
         version = self._version(folder)
         try:

@@ -124,13 +124,24 @@ def without_gone(store: Store, items: Iterable[Listed]) -> list[Listed]:
     dooms = read_dooms(store)
 
     def is_gone(item: Listed) -> bool:
-        name = "/".join(item.url.rsplit("/", 2)[1:])
+        name = _folder_of(item)
         doom = dooms.get(name)
         if doom is None or not doom.is_of(commit_of(item)):
             return False
         return doom.collected_at is not None or not store.exists(f"{name}/{MANIFEST_KEY}")
 
     return [item for item in items if not is_gone(item)]
+
+
+def without_doomed(store: Store, items: Iterable[Listed]) -> list[Listed]:
+    """Those of ``items`` that retention neither took away nor is taking away."""
+    dooms = read_dooms(store)
+
+    def is_doomed(item: Listed) -> bool:
+        doom = dooms.get(_folder_of(item))
+        return doom is not None and (doom.collected_at is None or doom.is_of(commit_of(item)))
+
+    return [item for item in items if not is_doomed(item)]
 
 
 def commit_of(item: object) -> Commit | None:
@@ -142,6 +153,10 @@ def commit_of(item: object) -> Commit | None:
 def when(seconds: float) -> str:
     """A moment for people."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def _folder_of(item: HasUrl) -> str:
+    return "/".join(item.url.rsplit("/", 2)[1:])
 
 
 def _encode(dooms: dict[str, Doom]) -> bytes:

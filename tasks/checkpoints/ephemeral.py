@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 from configs.merging import RetentionConfig
-from tasks.checkpoints.catalog import Catalog
 from tasks.checkpoints.collect import collect
 from tasks.checkpoints.dooms import without_gone
 from tasks.checkpoints.pins import pins_in_force
@@ -41,10 +40,9 @@ def drop_ephemeral(run: RunFolder, *, clock: Callable[[], float] = time.time) ->
 def _survey(run: RunFolder, now: float) -> RetentionPlan:
     # Pins before everything else, as `pma gc` reads them: who lets one go has made what can then be seen.
     pins = pins_in_force(run.store, now)
-    catalog = Catalog(run.store)
-    catalog.refresh()
-    snapshots = without_gone(run.store, catalog.snapshots())
-    left = without_gone(run.store, catalog.left_behind())
+    look = run.look()
+    snapshots = without_gone(run.store, look.snapshots())
+    left = without_gone(run.store, look.left_behind())
     branches = {name: run.branch(name) for name in run.branches() if run.branch(name).store.exists(RUN_KEY)}
     starts = {name: start for name, branch in branches.items() if (start := branch.identity().start)}
     holdings = [(f"snapshots/{glance.url.rsplit('/', 1)[1]}", glance) for glance in (*snapshots, *left)]

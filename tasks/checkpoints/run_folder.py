@@ -18,7 +18,7 @@ from cluster.storage import open_store, require_create_if_absent
 from configs.errors import UserError
 from configs.load import config_from_dict, config_to_dict, identity_of
 from configs.schema import Config
-from tasks.checkpoints.catalog import Catalog, Glance
+from tasks.checkpoints.catalog import Catalog, Glance, Look
 from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest, parse_manifest
 from tasks.checkpoints.recoveries import Recovery, folder_suffix, living, read_recoveries
 from tasks.checkpoints.start_point import StartPoint
@@ -91,7 +91,7 @@ class RunFolder:
     def __init__(self, url: str) -> None:
         self.store = open_store(url)
         self._manifests: dict[str, Manifest] = {}
-        self._catalog = Catalog(self.store)
+        self.catalog = Catalog(self.store)
 
     @property
     def url(self) -> str:
@@ -142,10 +142,13 @@ class RunFolder:
         found = self.all_snapshots()
         return living(found, self.recoveries())
 
+    def look(self) -> Look:
+        """Snapshots, merges and recoveries as lists need them, by the catalog: each manifest is read once in a run's life."""
+        return self.catalog.look()
+
     def glances(self) -> list[Glance]:
-        """Living snapshots by step, as lists need them: from the catalog, which reads each manifest once in a run's life."""
-        self._catalog.refresh()
-        return self._catalog.snapshots()
+        """Living snapshots by step, of a new look."""
+        return self.look().snapshots()
 
     def recoveries(self) -> list[Recovery]:
         """Recoveries of the run, oldest first."""

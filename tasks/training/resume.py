@@ -31,9 +31,9 @@ class ResumePoint:
 
 def find_resume_point(run: RunFolder) -> ResumePoint:
     """The newest snapshot that no recovery left behind; before there is one, the start of the recovery or of the run."""
-    recoveries = run.recoveries()
-    last = recoveries[-1] if recoveries else None
-    snapshots = run.glances()
+    look = run.look()
+    last = look.recoveries[-1] if look.recoveries else None
+    snapshots = look.snapshots()
     if last is not None and (not snapshots or snapshots[-1].recovery < last.number):
         return ResumePoint(url=last.start.url, with_moments=last.moments != "reset", recovery=last)
     if snapshots:

@@ -18,7 +18,6 @@ from pipelines.gc import gc
 from pipelines.render import render_status
 from pipelines.scheduled import due_now, make_merges, unevaluated
 from pipelines.status import status
-from tasks.checkpoints.catalog import Catalog
 from tasks.checkpoints.recoveries import Recovery, write_recovery
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.checkpoints.start_point import StartPoint
@@ -120,11 +119,11 @@ def test_pinned_by_registration_a_left_behind_merge_stays_with_its_inputs(recove
 
 def test_every_reader_is_given_the_living_merges(recovered: Store) -> None:
     living, left = [sma(2), sma(3), sma(4, 1), sma(5, 1)], [sma(4), sma(5), sma(6)]
-    run, catalog = RunFolder(recovered.url), Catalog(recovered)
-    catalog.refresh()
-    assert sorted(run.merged()) == sorted(catalog.merged()) == living
-    assert sorted(catalog.left_behind_merges()) == left
-    assert sorted(run.all_merged()) == sorted(catalog.all_merged()) == sorted(living + left)
+    run = RunFolder(recovered.url)
+    look = run.look()
+    assert sorted(run.merged()) == sorted(look.merged()) == living
+    assert sorted(look.left_behind_merges()) == left
+    assert sorted(run.all_merged()) == sorted(look.all_merged()) == sorted(living + left)
     assert not [url for url in unevaluated(run, CONFIG) if url.rpartition("/")[2] in left]
     answer = status(recovered.url)
     assert [row["name"] for row in answer["merged"]] == living

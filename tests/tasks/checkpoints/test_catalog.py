@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import StorageError
-from cluster.storage import Store, open_store
-from tasks.checkpoints.catalog import CATALOG_KEY, Catalog
+from cluster.fan_out import fan_out_local
+from cluster.storage import Store
+from tasks.checkpoints.catalog import CATALOG_KEY, Catalog, Look
 from tasks.checkpoints.manifest import MANIFEST_KEY
 from tasks.checkpoints.run_folder import RunFolder, snapshot_key
 from tests.faulty_store import FaultyStore
@@ -22,8 +23,8 @@ def run(tmp_path: Path) -> Store:
     return make_run(str(tmp_path / "run"), range(1, 6))
 
 
-def read_manifests(store: Store) -> tuple[Catalog, list[str]]:
-    """A catalog of ``store`` after a look, and the manifests that it read."""
+def noting(store: Store) -> tuple[Catalog, list[str]]:
+    """A catalog of ``store``, and the manifests that it reads."""
     reads: list[str] = []
 
     def note(method: str, key: str) -> bool:
@@ -31,15 +32,19 @@ def read_manifests(store: Store) -> tuple[Catalog, list[str]]:
             reads.append(key)
         return False
 
-    catalog = Catalog(FaultyStore(store, note))
-    catalog.refresh()
-    return catalog, reads
+    return Catalog(FaultyStore(store, note)), reads
+
+
+def read_manifests(store: Store) -> tuple[Look, list[str]]:
+    """A look at ``store``, and the manifests that it read."""
+    catalog, reads = noting(store)
+    return catalog.look(), reads
 
 
 def test_catalog_says_what_the_manifests_say(run: Store) -> None:
-    catalog, reads = read_manifests(run)
+    look, reads = read_manifests(run)
     assert len(reads) == 5
-    for glance, snapshot in zip(catalog.snapshots(), RunFolder(run.url).snapshots(), strict=True):
+    for glance, snapshot in zip(look.snapshots(), RunFolder(run.url).snapshots(), strict=True):
         assert (glance.step, glance.url, glance.digest) == (snapshot.step, snapshot.url, snapshot.digest)
         assert (glance.tokens_seen, glance.healthy, glance.phase) == (
             snapshot.tokens_seen, snapshot.healthy, snapshot.phase,
@@ -52,10 +57,25 @@ def test_catalog_says_what_the_manifests_say(run: Store) -> None:
 def test_next_look_reads_what_is_new_alone(run: Store) -> None:
     read_manifests(run)
     commit(run, 6)
-    catalog, reads = read_manifests(run)
+    look, reads = read_manifests(run)
     assert reads == [f"{snapshot_key(6)}/{MANIFEST_KEY}"]
-    assert [glance.step for glance in catalog.snapshots()] == [1, 2, 3, 4, 5, 6]
+    assert [glance.step for glance in look.snapshots()] == [1, 2, 3, 4, 5, 6]
     assert read_manifests(run)[1] == []
+
+
+def test_threads_that_share_a_catalog_read_each_manifest_once(run: Store) -> None:
+    catalog, reads = noting(run)
+    looks = list(fan_out_local(lambda _: catalog.look(), range(8), num_workers=8))
+    assert sorted(reads) == [f"{snapshot_key(step)}/{MANIFEST_KEY}" for step in range(1, 6)]
+    assert all(look == looks[0] for look in looks)
+
+
+def test_a_look_stays_what_it_was(run: Store) -> None:
+    catalog, _ = noting(run)
+    before = catalog.look()
+    commit(run, 6)
+    assert len(catalog.look().snapshots()) == 6
+    assert len(before.snapshots()) == 5
 
 
 def test_snapshot_that_lost_its_manifest_is_not_shown(run: Store) -> None:
@@ -95,30 +115,28 @@ def test_spoiled_cache_is_made_anew(run: Store, spoil: Callable[[bytes], bytes])
     read_manifests(run)
     good = run.read(CATALOG_KEY)
     run.put(CATALOG_KEY, spoil(good))
-    catalog, reads = read_manifests(run)
+    look, reads = read_manifests(run)
     assert len(reads) == 5
-    assert all(glance.healthy for glance in catalog.snapshots())
+    assert all(glance.healthy for glance in look.snapshots())
     assert run.read(CATALOG_KEY) == good
 
 
 def test_run_that_may_only_be_read_is_shown_without_a_cache(run: Store) -> None:
-    catalog = Catalog(FaultyStore(run, lambda method, _: method == "put"))
-    catalog.refresh()
-    assert [glance.step for glance in catalog.snapshots()] == [1, 2, 3, 4, 5]
+    look = Catalog(FaultyStore(run, lambda method, _: method == "put")).look()
+    assert [glance.step for glance in look.snapshots()] == [1, 2, 3, 4, 5]
     assert not run.exists(CATALOG_KEY)
 
 
 def test_storage_that_fails_is_no_empty_run(run: Store) -> None:
     with pytest.raises(StorageError):
-        Catalog(FaultyStore(run, lambda method, key: method == "read" and key.endswith(MANIFEST_KEY))).refresh()
+        Catalog(FaultyStore(run, lambda method, key: method == "read" and key.endswith(MANIFEST_KEY))).look()
 
 
 def test_moved_run_shows_its_new_place(run: Store, tmp_path: Path) -> None:
     read_manifests(run)
     (tmp_path / "run").rename(tmp_path / "moved")
-    catalog = Catalog(open_store(str(tmp_path / "moved")))
-    catalog.refresh()
-    assert catalog.snapshots()[0].url == f"{tmp_path}/moved/{snapshot_key(1)}"
+    look = RunFolder(str(tmp_path / "moved")).look()
+    assert look.snapshots()[0].url == f"{tmp_path}/moved/{snapshot_key(1)}"
 
 
 def test_losses_are_read_once_each(run: Store) -> None:

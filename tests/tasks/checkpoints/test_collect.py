@@ -16,7 +16,7 @@ from configs.merging import RetentionConfig
 from tasks.checkpoints.catalog import Glance, glance_at
 from tasks.checkpoints.collect import ATTEMPT_KEY, Collection, collect
 from tasks.checkpoints.collected import kept_manifest_key, open_collected
-from tasks.checkpoints.dooms import DOOMS_KEY, Doom, DoomList, merges_made, names_going, read_dooms
+from tasks.checkpoints.dooms import DOOMS_KEY, Doom, DoomList, merges_made, names_going, read_dooms, without_doomed
 from tasks.checkpoints.manifest import Manifest, Source
 from tasks.checkpoints.pins import GC_LEASE
 from tasks.checkpoints.retention import Holdings, RetentionPlan, plan_retention
@@ -76,6 +76,16 @@ def test_collect_keeps_manifests_aside_and_dooms_as_the_record(store: Store, clo
         snapshot_key(1): clock(), snapshot_key(2): clock(),
     }  # fmt: skip
     assert names_going(store) == set()
+
+
+def test_without_doomed_leaves_out_what_goes_or_went_and_keeps_a_later_commit(store: Store) -> None:
+    first, second, third = RunFolder(store.url).snapshots()
+    remade = dataclasses.replace(doom_of(third.manifest, snapshot_key(3), collected_at=2.0), created=0.0)
+    went = doom_of(first.manifest, snapshot_key(1), collected_at=2.0)
+    DoomList(store).write([went, doom_of(second.manifest, snapshot_key(2)), remade])
+    assert without_doomed(store, [first, second, third]) == [third]
+    DoomList(store).write([])
+    assert without_doomed(store, [first, second, third]) == [first, second, third]
 
 
 def test_collect_nothing_to_do_writes_no_record(store: Store, clock: Clock) -> None:
