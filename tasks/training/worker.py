@@ -24,7 +24,7 @@ from tasks.data.prefetch import Prefetcher
 from tasks.data.skips import skip_to
 from tasks.data.stream import open_stream
 from tasks.data.tokenizer_files import tokenizer_files
-from tasks.training.drill import corrupt, poison
+from tasks.training.drill import corrupt, is_corruption_due, poison
 from tasks.training.memory import ranks_on_this_host, require_memory
 from tasks.training.rank_zero import told_by_rank_zero
 from tasks.training.resume import ResumePoint, find_resume_point, read_scalars
@@ -270,9 +270,9 @@ class Worker:
     def _strike(self) -> None:
         """The drill's silent corruption, if this is the step for it."""
         drill = self.config.drill
-        if drill.corruption == "none" or self.recovery is not None or self.step != drill.corruption_step:
-            return
-        if self.rank == drill.corruption_rank % self.world_size:
+        if is_corruption_due(
+            drill, step=self.step, recoveries=self.recovery_number, rank=self.rank, world_size=self.world_size
+        ):
             parameters = [(item.name, item.local) for item in self.model.slices]
             corrupt(parameters, self.model.optimizer, drill, rank=self.rank, seed=self.config.seed)
 
