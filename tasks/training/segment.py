@@ -151,7 +151,6 @@ def open_segment(worker: Worker, point: ResumePoint) -> int:
     number = [0]
     if worker.rank == 0 and not worker.is_done:
         worker.check_lease()
-        recovery = worker.recovery
         number[0] = worker.run.open_segment(
             cause=cause_of(worker),
             start={
@@ -163,10 +162,10 @@ def open_segment(worker: Worker, point: ResumePoint) -> int:
             plan={
                 "world_size": worker.world_size,
                 "peak_learning_rate": worker.config.schedule.peak_learning_rate,
-                "learning_rate_scale": recovery.learning_rate_scale if recovery else 1.0,
-                "rewarm_tokens": recovery.rewarm_tokens if recovery else 0,
+                "learning_rate_scale": worker.course.learning_rate_scale,
+                "rewarm_tokens": worker.course.rewarm_tokens,
                 "optimizer_moments": "restored" if worker.step and point.with_moments else "fresh",
-                "data": "continued" if recovery is None or not recovery.skips else "continued, with stretches skipped",
+                "data": "continued, with stretches skipped" if worker.course.skips else "continued",
                 "recovery": worker.recovery_number,
                 "startup_seconds": round(time.time() - worker.asked_for, 3),
                 "startup_phases": worker.startup_phases,

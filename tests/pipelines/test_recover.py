@@ -219,6 +219,20 @@ def test_branch_of_a_recovered_run_keeps_its_course(recovered: RunFolder, tmp_pa
     assert scalars["course"]["skips"] == [{"at": 160, "count": 24}]
 
 
+def test_segment_of_a_branch_records_the_course_that_it_inherited(finished: tuple[RunFolder, Config]) -> None:
+    run, config = finished
+    recover(run.url, Wish(count=1, learning_rate_scale=0.5, rewarm_tokens=256), onset=46)
+    train(run, config)
+    branch = RunFolder(f"{run.url}/branches/same")
+    branch.begin(config, start_point(run, 60))
+    train(branch, config)
+    (ours,), theirs = branch.segments(), run.segments()[-1]
+    inherited = ("learning_rate_scale", "rewarm_tokens", "data")
+    assert [theirs["plan"][key] for key in inherited] == [0.5, 256, "continued, with stretches skipped"]
+    assert [ours["plan"][key] for key in inherited] == [theirs["plan"][key] for key in inherited]
+    assert ours["plan"]["recovery"] == 0  # The branch itself has none.
+
+
 def test_trained_run_is_not_trained_any_more_after_a_recovery(finished: tuple[RunFolder, Config]) -> None:
     run, config = finished
     recover(run.url, Wish(count=3), onset=78)
