@@ -205,10 +205,10 @@ class RunFolder:
 
     def open_segment(self, *, cause: str, start: dict[str, Any], plan: dict[str, Any]) -> int:
         """Record the start of a segment and return its number, from 1; the one before it is closed if it was left open."""
-        earlier = self.segments()
-        if earlier and earlier[-1]["end"] is None:
-            self.close_segment(earlier[-1]["segment"], reason="interrupted", step=start["step"])
-        number = len(earlier) + 1
+        newest = self.newest_segment()
+        if newest is not None and newest["end"] is None:
+            self.close_segment(newest["segment"], reason="interrupted", step=start["step"])
+        number = newest["segment"] + 1 if newest else 1
         record = {"segment": number, "cause": cause, "start": start, "plan": plan, "started": time.time(), "end": None}
         self.store.create(_segment_key(number), json.dumps(record, indent=1).encode())
         return number

@@ -172,14 +172,15 @@ def open_segment(worker: Worker, point: ResumePoint) -> int:
             },
         )
     elif worker.rank == 0:
-        number[0] = len(worker.run.segments())
+        newest = worker.run.newest_segment()
+        number[0] = newest["segment"] if newest else 0
     dist.broadcast_object_list(number, src=0)
     return number[0]
 
 
 def cause_of(worker: Worker) -> str:
     """Why the segment begins: a recovery that no segment began with yet, or what the driver started the gang for."""
-    recovery, segments = worker.recovery, worker.run.segments()
-    if recovery is not None and (not segments or segments[-1]["plan"].get("recovery", 0) < recovery.number):
+    recovery, newest = worker.recovery, worker.run.newest_segment()
+    if recovery is not None and (newest is None or newest["plan"].get("recovery", 0) < recovery.number):
         return f"recovery {recovery.number}"
     return worker.task.cause
