@@ -39,7 +39,6 @@ def train_segment(task: SegmentTask) -> dict[str, Any]:
     :meth:`tasks.training.snapshots.writer.SnapshotWriter.wait` raises for a snapshot that could not be published.
     """
     roll_call = open_roll_call(dist.get_rank(), dist.get_world_size())
-    config = config_from_dict(task.config)
     try:
         worker = Worker(task, roll_call)
         while True:
@@ -50,8 +49,9 @@ def train_segment(task: SegmentTask) -> dict[str, Any]:
                 break
             worker.asked_for, worker.startup_phases = time.time(), {}
     except RuntimeError as error:
-        step = roll_call.place[0]
-        explained = roll_call.explain(error) or explain_out_of_memory(error, config, rank=roll_call.rank, step=step)
+        explained = roll_call.explain(error) or explain_out_of_memory(
+            error, config_from_dict(task.config), rank=roll_call.rank, step=roll_call.place[0]
+        )
         if explained is not None:
             raise explained from error
         raise
