@@ -1,4 +1,4 @@
-"""Whether a rank can hold its share of the training state: said with numbers before anything is built.
+"""Whether a rank can hold its share of the training state: said with numbers before any of it is in memory.
 
 The floor is what no setting changes: float32 masters, gradients and AdamW's two moments, 16 bytes a parameter, divided by
 the ranks of a replica. Activations come on top and are not counted.
@@ -11,11 +11,10 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from configs.errors import UserError
 from configs.schema import Config
-from tasks.models.build import count_parameters
-from tasks.training.sharding.mesh import plan_mesh
 
 STATE_BYTES = 16
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -27,10 +26,12 @@ class OutOfMemory(Exception):
     """A rank could not allocate what a step needs; the message says how much, where, and what takes less."""
 
 
-def require_memory(config: Config, world_size: int, ranks_here: int, device: torch.device) -> None:
-    """Refuse a model whose training state does not fit; raises :class:`configs.errors.UserError` with the numbers."""
-    shards = plan_mesh(config, world_size).shards
-    parameters = count_parameters(config.model, config.training.sequence_length)
+def require_memory(network: nn.Module, *, shards: int, ranks_here: int, device: torch.device) -> None:
+    """Refuse a ``network`` (on the meta device, not cut yet) whose training state does not fit on ``shards`` ranks.
+
+    ``ranks_here`` share this host's memory. Raises :class:`configs.errors.UserError` with the numbers.
+    """
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     needed = parameters * STATE_BYTES // shards
     if device.type == "cuda":
         has, what = torch.cuda.get_device_properties(device).total_memory, "its GPU has"

@@ -25,14 +25,13 @@ from tasks.data.skips import skip_to
 from tasks.data.stream import open_stream
 from tasks.data.tokenizer_files import tokenizer_files
 from tasks.training.drill import corrupt, is_corruption_due, poison
-from tasks.training.memory import ranks_on_this_host, require_memory
 from tasks.training.rank_zero import told_by_rank_zero
 from tasks.training.resume import ResumePoint, find_resume_point, read_scalars
 from tasks.training.roll_call import RollCall
 from tasks.training.router_balance import RouterBalance
 from tasks.training.schedule import step_learning_rate
 from tasks.training.sharding.rank_state import restore_rank
-from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model, select_device
+from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model
 from tasks.training.signals import Signals, share_signals
 from tasks.training.state import build_scalars
 from tasks.training.step_guard import build_guard
@@ -95,7 +94,6 @@ class Worker:
         self.stream = open_stream(self.config, "train")
         self.prefetcher: Prefetcher | None = None
         self.tokenizer_files = tokenizer_files(self.config.data) if self.rank == 0 else {}
-        require_memory(self.config, self.world_size, ranks_on_this_host(), select_device(self.config))
         self.model: ShardedModel = build_sharded_model(self.config, self.rank, self.world_size)
         self.balance = RouterBalance(self.model.network, self.config.model)
         self.guard = build_guard(self.config.optimizer)

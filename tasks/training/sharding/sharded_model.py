@@ -23,6 +23,7 @@ from configs.fields import require
 from configs.schema import Config
 from configs.training import OptimizerConfig
 from tasks.models.disk_layout import model_parameters
+from tasks.training.memory import ranks_on_this_host, require_memory
 from tasks.training.sharding.expert_parallel import ParallelExperts, distribute_experts
 from tasks.training.sharding.materialise import build_on_meta, materialise
 from tasks.training.sharding.mesh import MeshPlan, plan_mesh
@@ -120,11 +121,13 @@ def build_sharded_model(config: Config, rank: int, world_size: int) -> ShardedMo
     """Build, shard and wrap the network; initial weights depend on the seed alone. Collective.
 
     No rank ever holds more than one layer, the embedding and the head besides its own slices. Raises
-    :class:`configs.errors.ConfigError` where :func:`tasks.training.sharding.mesh.plan_mesh` does.
+    :class:`configs.errors.UserError` where :func:`tasks.training.sharding.mesh.plan_mesh` and
+    :func:`tasks.training.memory.require_memory` do.
     """
     plan, device = plan_mesh(config, world_size), select_device(config)
-    mesh = init_device_mesh(device.type, (plan.replicas, plan.shards), mesh_dim_names=("replica", "shard"))
     network = build_on_meta(config)
+    require_memory(network, shards=plan.shards, ranks_here=ranks_on_this_host(), device=device)
+    mesh = init_device_mesh(device.type, (plan.replicas, plan.shards), mesh_dim_names=("replica", "shard"))
     sharder = _Sharder(config, plan, mesh)
     if config.training.activation_checkpointing == "layer":
         network.activation_checkpointing_enable({"use_reentrant": False})

@@ -9,26 +9,29 @@ from configs.errors import UserError
 from configs.load import load_config
 from tasks.training import memory
 from tasks.training.memory import explain_out_of_memory, require_memory
+from tasks.training.sharding.materialise import build_on_meta
+from tasks.training.sharding.mesh import plan_mesh
 
 CPU = torch.device("cpu")
 
 
 def test_state_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config("moe-0.7b-7b", ("training.num_workers=8",)).config
+    network = build_on_meta(load_config("moe-0.7b-7b").config)
     monkeypatch.setattr(memory, "host_bytes", lambda: 64 << 30)
     # 7,035,476,992 parameters (docs/models.md) x 16 bytes / 8 ranks = 13.1 GiB; 64 GiB / 8 = 8 GiB.
     with pytest.raises(
         UserError, match=r"at least 13\.1 GiB .*7,035,476,992 parameters x 16 bytes over 8 ranks.* 8\.0 GiB"
     ):
-        require_memory(config, 8, 8, CPU)
-    require_memory(config, 8, 4, CPU)
+        require_memory(network, shards=8, ranks_here=8, device=CPU)
+    require_memory(network, shards=8, ranks_here=4, device=CPU)
 
 
 def test_replicas_do_not_share_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("moe-0.7b-7b", ("training.num_workers=8", "training.data_parallel_replicas=2")).config
     monkeypatch.setattr(memory, "host_bytes", lambda: 20 << 30)
+    shards = plan_mesh(config, 8).shards
     with pytest.raises(UserError, match=r"26\.2 GiB"):
-        require_memory(config, 8, 1, CPU)
+        require_memory(build_on_meta(config), shards=shards, ranks_here=1, device=CPU)
 
 
 def test_container_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: pytest.TempPathFactory) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model
 from tests.sharded_gang import Case, batch_of, case_config, loss_of
 
@@ -37,6 +37,13 @@ def test_activation_checkpointing_computes_each_layer_twice(mode: str, passes: i
         layer.self_attn.register_forward_hook(lambda *_, number=number: calls.append(number))
     loss_of(model.network, batch_of(0)).backward()
     assert sorted(calls) == sorted([0, 1] * passes)
+
+
+def test_model_that_does_not_fit_is_refused_before_it_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.training.memory.host_bytes", lambda: 1 << 10)
+    monkeypatch.setattr("tasks.training.sharding.sharded_model.materialise", None)
+    with pytest.raises(UserError, match=r"a rank needs at least .* over 1 ranks of a replica"):
+        build()
 
 
 def test_micro_batches_are_the_rows_in_order_and_reduce_with_the_last() -> None:
