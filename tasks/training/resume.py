@@ -23,11 +23,6 @@ class ResumePoint:
     recovery: Recovery | None
     """The newest recovery; it decides learning rate and data from here on."""
 
-    @property
-    def recovery_number(self) -> int:
-        """Recoveries in force."""
-        return self.recovery.number if self.recovery else 0
-
 
 def find_resume_point(run: RunFolder) -> ResumePoint:
     """The newest snapshot that no recovery left behind; before there is one, the start of the recovery or of the run."""
