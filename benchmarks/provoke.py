@@ -21,12 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from configs.load import load_config
 from configs.schema import Config
-from tasks.data.batches import num_windows, read_windows, window_indices
-from tasks.data.corpus import read_corpus
+from tasks.data.stream import TokenStream, open_stream
 from tasks.models.build import build_model
 from tasks.models.routers import watch_routers
 from tasks.recovery.detector import find_spike
@@ -172,7 +170,7 @@ def configure(setting: Setting, seed: int, overrides: Sequence[str] = ()) -> Con
 def train(config: Config, num_steps: int) -> Trained:
     """Train ``num_steps`` steps in this process; every step is measured before its update, as the worker does."""
     training, model = config.training, config.model
-    corpus = read_corpus(config.data, "train").tokens
+    stream = open_stream(config, "train")
     network = build_model(model, training.sequence_length, seed=config.seed)
     optimizer = build_optimizer(network, config)
     guard, points, watch = build_guard(config.optimizer), list[Point](), watch_routers(network)
@@ -181,7 +179,7 @@ def train(config: Config, num_steps: int) -> Trained:
     for step in range(num_steps):
         if is_corruption_due(config.drill, step=step, recoveries=0, rank=0, world_size=1):
             corrupt_half(network, optimizer, config)
-        outputs = network(input_ids=(tokens_BS1 := read_batch(corpus, config, step))[:, :-1], use_cache=False)
+        outputs = network(input_ids=(tokens_BS1 := read_batch(stream, config, step))[:, :-1], use_cache=False)
         loss = torch.nn.functional.cross_entropy(outputs.logits.float().flatten(0, 1), tokens_BS1[:, 1:].flatten())
         readings = watch.take()
         balance = balance_loss(readings, num_sequences=len(tokens_BS1)) if readings else 0.0
@@ -223,15 +221,11 @@ def build_optimizer(network: torch.nn.Module, config: Config) -> torch.optim.Ada
     )
 
 
-def read_batch(corpus: NDArray[np.uint8], config: Config, step: int) -> torch.Tensor:
+def read_batch(stream: TokenStream, config: Config, step: int) -> torch.Tensor:
     """Token ids ``[B, S + 1]`` of the global batch of ``step`` (from 0), poisoned where the drill says so."""
-    training = config.training
-    first, length = step * training.batch_sequences, training.sequence_length
-    windows = window_indices(
-        seed=config.seed, first_sequence=first, count=training.batch_sequences, windows=num_windows(len(corpus), length)
-    )
-    tokens_BS1 = torch.from_numpy(read_windows(corpus, windows, length))
-    places = range(first, first + training.batch_sequences)
+    count = config.training.batch_sequences
+    first = step * count
+    tokens_BS1, places = torch.from_numpy(stream.read(first, count).tokens_BS1), range(first, first + count)
     return poison(tokens_BS1, places, config.drill, vocab_size=config.model.vocab_size, seed=config.seed)
 
 

@@ -111,11 +111,11 @@ def train_bare(config: Config, rank: int, steps: int) -> float:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    from tasks.data.corpus import read_corpus
+    from tasks.data.domains import open_domains
     from tasks.models.build import build_model
 
     training = config.training
-    text = read_corpus(config.data, "train").tokens
+    row = open_domains(config.data, "train")[0].row
     network = build_model(config.model, training.sequence_length, seed=config.seed)
     if training.fsdp_unit == "layer":
         for layer in network.model.layers:
@@ -129,9 +129,8 @@ def train_bare(config: Config, rank: int, steps: int) -> float:
     dist.barrier()
     started = time.perf_counter()
     for _ in range(steps):
-        starts = draws.integers(len(text) - training.sequence_length - 1, size=share)
-        rows = np.stack([text[start : start + training.sequence_length + 1] for start in starts])
-        tokens_BS = torch.from_numpy(rows.astype(np.int64))
+        starts = draws.integers(row.num_tokens - training.sequence_length - 1, size=share)
+        tokens_BS = torch.from_numpy(row.read_windows(starts, training.sequence_length + 1))
         outputs = network(input_ids=tokens_BS[:, :-1], labels=None, use_cache=False)
         loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), tokens_BS[:, 1:].flatten())
         auxiliary = getattr(outputs, "aux_loss", None)

@@ -28,7 +28,7 @@ from tasks.models.disk_layout import model_buffers
 from tasks.training.sharding.rank_state import gather_share, restore_rank
 from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model
 from tasks.training.snapshots.facts import SnapshotFacts, commit_snapshot
-from tasks.training.snapshots.share import write_share
+from tasks.training.snapshots.share import share_objects, write_object
 from tests.gloo_ranks import leave_together
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +155,7 @@ def _rows(model: ShardedModel, kind: str) -> dict[str, np.ndarray]:
 
 def _publish(model: ShardedModel, config: Config, url: str, step: int, rank: int, world_size: int) -> None:
     store = open_store(url)
-    mine = write_share(gather_share(model, rank, world_size), store)
+    mine = [write_object(item, store) for item in share_objects(gather_share(model, rank, world_size))]
     everyone: list[list[Shard]] | None = [[] for _ in range(world_size)] if rank == 0 else None
     dist.gather_object(mine, everyone, dst=0)
     if everyone is not None:

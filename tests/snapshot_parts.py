@@ -17,7 +17,7 @@ from tasks.checkpoints.run_folder import snapshot_key
 from tasks.training.snapshots.board import SnapshotBoard
 from tasks.training.snapshots.facts import SnapshotFacts, commit_snapshot
 from tasks.training.snapshots.flight import Terms
-from tasks.training.snapshots.share import HostShare, write_share
+from tasks.training.snapshots.share import HostShare, share_objects, write_object
 from tasks.training.snapshots.writer import SnapshotWriter
 from tests.faulty_store import FaultyStore
 
@@ -55,7 +55,8 @@ def lease_in_force() -> None:
 def written_synchronously(url: str, step: int) -> Store:
     """The same snapshot without any of what is tested here."""
     store = open_store(url).child(snapshot_key(step))
-    shards = tuple(shard for rank in range(WORLD_SIZE) for shard in write_share(share_of(rank, step), store))
+    objects = [item for rank in range(WORLD_SIZE) for item in share_objects(share_of(rank, step))]
+    shards = tuple(write_object(item, store) for item in objects)
     commit_snapshot(store, facts_at(step), shards, lease_in_force)
     return store
 

@@ -7,8 +7,6 @@ position of any epoch is reached without state.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
@@ -21,12 +19,6 @@ _ROUNDS = 4
 def num_windows(num_tokens: int, sequence_length: int) -> int:
     """Windows of S tokens plus one target that ``num_tokens`` hold."""
     return max(0, (num_tokens - 1) // sequence_length)
-
-
-def window_indices(*, seed: int, first_sequence: int, count: int, windows: int) -> NDArray[np.int64]:
-    """Windows that the run's sequences ``first_sequence`` to ``first_sequence + count`` read, in order."""
-    sequences = np.arange(first_sequence, first_sequence + count, dtype=np.int64)
-    return windows_at(sequences, windows, order=str(seed))
 
 
 def windows_at(counters: NDArray[np.int64], windows: int, *, order: str | None) -> NDArray[np.int64]:
@@ -44,36 +36,6 @@ def windows_at(counters: NDArray[np.int64], windows: int, *, order: str | None) 
         chosen = epochs == epoch
         result[chosen] = permute(positions[chosen], windows, key=f"{order}/{epoch}")
     return result
-
-
-def read_windows(
-    tokens: NDArray[np.unsignedinteger[Any]], windows: NDArray[np.int64], sequence_length: int
-) -> NDArray[np.int64]:
-    """Token ids ``[len(windows), S + 1]``: S inputs and, shifted by one, S targets."""
-    offsets = windows[:, None] * sequence_length + np.arange(sequence_length + 1)[None, :]
-    windows_BS: NDArray[np.int64] = tokens[offsets].astype(np.int64)
-    return windows_BS
-
-
-def rank_batch(
-    tokens: NDArray[np.uint8],
-    *,
-    seed: int,
-    step: int,
-    batch_sequences: int,
-    sequence_length: int,
-    rank: int,
-    world_size: int,
-) -> NDArray[np.int64]:
-    """Rank ``rank``'s rows of the global batch of step ``step`` (counted from 0)."""
-    share = batch_sequences // world_size
-    windows = window_indices(
-        seed=seed,
-        first_sequence=step * batch_sequences + rank * share,
-        count=share,
-        windows=num_windows(len(tokens), sequence_length),
-    )
-    return read_windows(tokens, windows, sequence_length)
 
 
 def permute(positions: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]:

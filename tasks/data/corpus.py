@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cluster.data_files import DataFile
 from cluster.storage_fsspec import read_file
-from configs.data import STDLIB_SOURCE, DataConfig
+from configs.data import DataConfig
 from configs.errors import UserError
 from tasks.checkpoints.digest import fingerprint
 from tasks.data.documents import (
@@ -28,10 +28,7 @@ from tasks.data.documents import (
     read_documents,
     whole,
 )
-from tasks.data.sources import find_sources
 from tasks.data.vocabulary import BYTE_LEVEL, ByteLevel, Vocabulary, dtype_of
-
-__all__ = ["DOCUMENT_END", "STDLIB_SOURCE", "Corpus", "Side", "is_held_out", "read_corpus", "read_text"]
 
 DOCUMENT_END = ByteLevel.end_of_document
 """Byte that ends every document; it does not occur in text."""
@@ -54,20 +51,6 @@ class Corpus:
     """Files with something on this side."""
     digest: str
     """BLAKE3 over the sorted (relative path, digest of what is on this side) of its files, and of the tokenizer if there is one."""
-
-
-def read_corpus(data: DataConfig, side: Side) -> Corpus:
-    """Read the files of ``data.sources``, which must be text, that are on ``side`` of the split.
-
-    Raises :class:`configs.errors.UserError` for a source that is empty, missing or unreadable, and if no text
-    is left on this side.
-    """
-    if data.mixture or data.tokenizer != BYTE_LEVEL:
-        raise UserError("data.mixture and data.tokenizer are read as a stream (open_stream), not as one corpus")
-    found = find_sources(data.sources, data, "data.sources")
-    if not found.texts:
-        raise UserError(f"data.sources={list(data.sources)} are token files; they are read as a stream, not as text")
-    return read_text(found.texts, ByteLevel(), data, side, key="data.sources")
 
 
 def read_text(

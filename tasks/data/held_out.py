@@ -11,21 +11,7 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import Config
 from tasks.data.batch import Batch
-from tasks.data.batches import num_windows, read_windows
-from tasks.data.corpus import Corpus
 from tasks.data.stream import TokenStream
-
-
-def held_out_slices(corpus: Corpus, config: Config) -> list[NDArray[np.int64]]:
-    """``evaluation.num_slices`` arrays of token ids ``[sequences, S + 1]``, disjoint, of the held-out side.
-
-    Raises :class:`configs.errors.UserError` if the text is too short.
-    """
-    length, slices = config.training.sequence_length, config.evaluation.num_slices
-    wanted = config.evaluation.slice_tokens // length
-    available = num_windows(len(corpus.tokens), length)
-    _require_windows(available, wanted, config, "")
-    return [read_windows(corpus.tokens, places, length) for places in slice_places(available, wanted, slices)]
 
 
 def held_out_batches(stream: TokenStream, config: Config) -> list[dict[str, Batch]]:

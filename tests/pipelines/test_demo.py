@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM
 from cluster.journal import read_events
 from cluster.storage import open_store
 from tasks.checkpoints.run_folder import RunFolder
-from tasks.data.corpus import read_corpus
-from tasks.data.held_out import held_out_slices
 from tasks.evaluation.held_out import read_evaluation, slice_loss, suite_of
+from tests.plain_text import held_out_slices
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 DemoRun = tuple[Path, dict[str, Any]]
@@ -57,7 +56,7 @@ def test_demo_leaves_one_manifest_for_each_due_merge(demo_run: DemoRun) -> None:
 def test_transformers_loads_every_checkpoint_and_finds_the_logged_loss(demo_run: DemoRun) -> None:
     run = RunFolder(str(demo_run[0]))
     config = run.identity().config
-    slices = held_out_slices(read_corpus(config.data, "held_out"), config)
+    slices = held_out_slices(config)
     checkpoints = [(s.url, s.manifest.digest) for s in run.snapshots()]
     checkpoints += [(f"{run.url}/merged/{name}", m.digest) for name, m in run.merged().items()]
     assert len(checkpoints) > 20

@@ -64,11 +64,6 @@ def share_objects(share: HostShare) -> list[ShareObject]:
     ]
 
 
-def write_share(share: HostShare, store: Store) -> list[Shard]:
-    """Write the model shard and the state shard of one rank; no collectives."""
-    return [write_object(item, store) for item in share_objects(share)]
-
-
 def write_object(item: ShareObject, store: Store, check: Callable[[], None] = lambda: None) -> Shard:
     """Write one object whole or not at all; ``check`` is called between pieces and may raise to stop.
 

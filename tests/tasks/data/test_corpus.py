@@ -10,11 +10,12 @@ import pytest
 from blake3 import blake3
 
 from cluster.storage import open_store
-from configs.data import DataConfig, MixtureDomain
+from configs.data import STDLIB_SOURCE, DataConfig
 from configs.errors import UserError
 from tasks.data import corpus as corpus_module
 from tasks.data import sources as sources_module
-from tasks.data.corpus import DOCUMENT_END, STDLIB_SOURCE, Corpus, is_held_out, read_corpus
+from tasks.data.corpus import DOCUMENT_END, Corpus, is_held_out
+from tests.plain_text import read_corpus
 
 NUM_FILES = 60
 
@@ -188,14 +189,6 @@ def test_read_corpus_unreadable_file_refused_by_name(folder: Path) -> None:
     side = "held_out" if is_held_out("dangling.txt", 0.25) else "train"
     with pytest.raises(UserError, match="dangling"):
         read_corpus(data_of(folder), side)
-
-
-@pytest.mark.parametrize(
-    "data", [DataConfig(mixture=(MixtureDomain(name="a", sources=("x",), weight=1.0),)), DataConfig(tokenizer="t.json")]
-)
-def test_read_corpus_of_what_is_no_single_text_refused(data: DataConfig) -> None:
-    with pytest.raises(UserError, match="read as a stream"):
-        read_corpus(data, "train")
 
 
 def test_read_corpus_more_text_than_memory_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

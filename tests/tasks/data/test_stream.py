@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from tasks.data.batches import permute, rank_batch
-from tasks.data.corpus import read_corpus
-from tasks.data.held_out import held_out_batches, held_out_slices
+from tasks.data.batches import permute
+from tasks.data.held_out import held_out_batches
 from tasks.data.packing import IGNORED_TARGET
 from tasks.data.skips import SkipRange
 from tasks.data.stream import TokenStream, open_stream
+from tests.plain_text import held_out_slices, rank_batch, read_corpus
 from tests.token_data import BATCH_SEQUENCES, END, SEQUENCE_LENGTH, config_of, windows_of, write_text, write_tokens
 
 
@@ -59,10 +59,7 @@ def test_stream_of_plain_text_is_what_rank_batch_reads(root: Path) -> None:
         for world_size in (1, 2, 4, 8):
             share = BATCH_SEQUENCES // world_size
             for rank in range(world_size):
-                expected = rank_batch(
-                    corpus.tokens, seed=config.seed, step=step, batch_sequences=BATCH_SEQUENCES,
-                    sequence_length=SEQUENCE_LENGTH, rank=rank, world_size=world_size,
-                )  # fmt: skip
+                expected = rank_batch(corpus, config, step=step, rank=rank, world_size=world_size)
                 batch = stream.read(step * BATCH_SEQUENCES + rank * share, share)
                 assert np.array_equal(batch.tokens_BS1, expected)
                 assert np.array_equal(batch.targets_BS, expected[:, 1:])
@@ -90,16 +87,14 @@ def test_stream_known_values_never_change(tmp_path: Path) -> None:
     slices = held_out_batches(open_stream(config, "held_out"), config)
     found = hashlib.sha256(b"".join(np.ascontiguousarray(each["all"].tokens_BS1).tobytes() for each in slices))
     assert found.hexdigest() == "0b42df2f0daf0cd556a6e1a17e836adecff05b780bc0f276fcb90de8a51406a8"
-    for old, new in zip(held_out_slices(read_corpus(config.data, "held_out"), config), slices, strict=True):
+    for old, new in zip(held_out_slices(config), slices, strict=True):
         assert np.array_equal(old, new["all"].tokens_BS1)
 
 
 def test_stream_of_the_embedded_default_is_what_rank_batch_reads() -> None:
     config = load_config("tiny").config
     stream, corpus = open_stream(config, "train"), read_corpus(config.data, "train")
-    expected = rank_batch(
-        corpus.tokens, seed=1, step=4321, batch_sequences=16, sequence_length=128, rank=1, world_size=2
-    )
+    expected = rank_batch(corpus, config, step=4321, rank=1, world_size=2)
     assert np.array_equal(stream.read(4321 * 16 + 8, 8).tokens_BS1, expected)
 
 
@@ -165,6 +160,13 @@ def test_epochs_read_every_window_once_in_their_own_order(root: Path) -> None:
     epochs = [rows_of(stream, epoch * windows, windows) for epoch in range(3)]
     assert all(sorted(epoch) == expected for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_steps_and_seeds_read_other_batches(root: Path) -> None:
+    streams = [open_stream(config_of(f"data.sources=[{root / 'web'}]", f"seed={seed}"), "train") for seed in (1, 2)]
+    batches = [rows_of(streams[0], first, BATCH_SEQUENCES) for first in (0, BATCH_SEQUENCES)]
+    assert batches[0] != batches[1]
+    assert rows_of(streams[1], 0, BATCH_SEQUENCES) not in batches
 
 
 def test_without_shuffling_windows_come_as_they_lie(root: Path) -> None:
