@@ -1,14 +1,12 @@
 """Write real torch.distributed.checkpoint folders, as trainers do, at any number of ranks.
 
-Run as a module it is one rank of a gang: ``python -m tests.dcp_checkpoints WORLD_SIZE SCRATCH RANK``.
+Run as a module it is one rank of a gang (:mod:`tests.gloo_ranks`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -19,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from tests.gloo_ranks import leave_together
+from tests.gloo_ranks import end_ranks, gloo_rank, start_ranks
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -72,15 +70,8 @@ def write(world_size: int, jobs: Sequence[Job]) -> None:
         torch.save(
             [{"kind": job.kind, "folder": str(job.folder), **job.payload} for job in jobs], Path(scratch) / "jobs.pt"
         )
-        command = [sys.executable, "-m", "tests.dcp_checkpoints", str(world_size), scratch]
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank)], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1]
-            )
-            for rank in range(world_size)
-        ]
-        codes = [rank.wait(timeout=120) for rank in ranks]
-        assert codes == [0] * world_size, f"the ranks ended with {codes}"
+        ranks = start_ranks(["-m", "tests.dcp_checkpoints"], world_size, Path(scratch), scratch)
+        end_ranks(ranks, timeout_seconds=120)
     for job in jobs:
         if job.kind == "megatron":
             _finish_megatron(job.folder)
@@ -97,19 +88,16 @@ def _finish_megatron(folder: Path) -> None:
     torch.save({"iteration": 7, "args": {"lr": 1.0}}, folder / "common.pt")
 
 
-def _rank(world_size: int, scratch: str, rank: int) -> None:
-    import torch.distributed as dist
+def _write_as_rank(scratch: str) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.device_mesh import init_device_mesh
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/meet", rank=rank, world_size=world_size)
-    mesh = init_device_mesh("cpu", (world_size,))
-    for job in torch.load(Path(scratch) / "jobs.pt"):
-        state = _fsdp2_state(job["tensors"], mesh) if job["kind"] == "fsdp2" else _sharded_state(job, mesh)
-        dcp.save({"model": state} if job["kind"] == "sharded" else state, checkpoint_id=job["folder"])
-    leave_together(f"{scratch}/meet", rank, world_size)
+    with gloo_rank() as (_, world_size):
+        mesh = init_device_mesh("cpu", (world_size,))
+        for job in torch.load(Path(scratch) / "jobs.pt"):
+            state = _fsdp2_state(job["tensors"], mesh) if job["kind"] == "fsdp2" else _sharded_state(job, mesh)
+            dcp.save({"model": state} if job["kind"] == "sharded" else state, checkpoint_id=job["folder"])
 
 
 def _sharded_state(payload: dict[str, Any], mesh: Any) -> dict[str, Any]:
@@ -146,4 +134,4 @@ def _fsdp2_state(tensors: Tensors, mesh: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _rank(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    _write_as_rank(sys.argv[4])

@@ -6,8 +6,6 @@ One launch runs many cases, since importing torch and transformers costs a rank 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,9 +27,8 @@ from tasks.training.sharding.rank_state import gather_share, restore_rank
 from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model
 from tasks.training.snapshots.facts import SnapshotFacts, commit_snapshot
 from tasks.training.snapshots.share import share_objects, write_object
-from tests.gloo_ranks import leave_together
+from tests.gloo_ranks import end_ranks, gloo_rank, start_ranks
 
-ROOT = Path(__file__).parents[1]
 SEQUENCES, LENGTH = 8, 16
 LEARNING_RATE = 1e-3
 MAX_NORM = 0.5
@@ -97,20 +94,8 @@ def loss_of(network: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def run_gang(cases: Sequence[Case], world_size: int, folder: Path) -> None:
     """Run ``cases`` on ``world_size`` ranks; each rank leaves ``<folder>/<case>-<rank>.npz``."""
     folder.mkdir(parents=True, exist_ok=True)
-    meeting = folder / f"meeting-{os.urandom(4).hex()}"
     plan = json.dumps([asdict(case) for case in cases])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.sharded_gang", str(rank), str(world_size), str(meeting), str(folder), plan],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    errors = [rank.communicate()[1] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
+    end_ranks(start_ranks(["-m", "tests.sharded_gang"], world_size, folder, str(folder), plan))
 
 
 def _run_case(case: Case, rank: int, world_size: int) -> dict[str, np.ndarray]:
@@ -173,13 +158,11 @@ def _publish(model: ShardedModel, config: Config, url: str, step: int, rank: int
 
 
 def main() -> None:
-    """One rank: its number, the gang's size, where to meet, where results go, and the cases."""
-    torch.set_num_threads(1)
-    rank, world_size, meeting, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-    for case in (Case(**fields) for fields in json.loads(sys.argv[5])):
-        np.savez(folder / f"{case.name}-{rank}.npz", **_run_case(case, rank, world_size))
-    leave_together(meeting, rank, world_size)
+    """One rank: after what :func:`tests.gloo_ranks.start_ranks` says, where results go, and the cases."""
+    folder = Path(sys.argv[4])
+    with gloo_rank() as (rank, world_size):
+        for case in (Case(**fields) for fields in json.loads(sys.argv[5])):
+            np.savez(folder / f"{case.name}-{rank}.npz", **_run_case(case, rank, world_size))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ def config_of(*overrides: str, vocab_size: int = 256) -> Config:
     ).config  # fmt: skip
 
 
-def write_text(folder: Path, count: int = 40, word: str = "fox") -> Path:
+def write_text(folder: Path, count: int = 40, word: str = "fox", repeats: int = 8) -> Path:
     """A folder of text files whose contents tell them apart."""
     folder.mkdir(parents=True)
     for number in range(count):
-        (folder / f"{number}.txt").write_text(f"the quick brown {word} {number} jumps over the lazy dog; " * 8)
+        (folder / f"{number}.txt").write_text(f"the quick brown {word} {number} jumps over the lazy dog; " * repeats)
     return folder
 
 

@@ -69,12 +69,11 @@ def test_stream_of_plain_text_is_what_rank_batch_reads(root: Path) -> None:
 
 def test_stream_known_values_never_change(tmp_path: Path) -> None:
     # Taken before there was a stream: a run that began then must go on with the same tokens.
-    for number in range(40):
-        (tmp_path / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog; " * 30)
+    text = write_text(tmp_path / "text", repeats=30)
     config = load_config(
         "tiny",
         (
-            f"data.sources=[{tmp_path}]", "data.held_out_fraction=0.3", "training.sequence_length=32",
+            f"data.sources=[{text}]", "data.held_out_fraction=0.3", "training.sequence_length=32",
             "training.batch_tokens=384", "training.total_tokens=2304", "snapshots.interval_tokens=768",
             "evaluation.slice_tokens=1024", "anneal.tokens=768", "schedule.warmup_tokens=768",
         ),

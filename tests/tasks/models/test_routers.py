@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
@@ -30,14 +28,6 @@ def model(request: pytest.FixtureRequest) -> ModelConfig:
 @pytest.fixture
 def network(model: ModelConfig) -> PreTrainedModel:
     return build_trained_like(model, seed=11)
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone, for FSDP2."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def run(network: torch.nn.Module, model: ModelConfig, seed: int = 0) -> torch.Tensor:

@@ -16,6 +16,7 @@ from configs.schema import Config
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
 from tasks.merging.verify import verify_checkpoint
 from tests.plain_gang import end_members, start_members, train_plainly, watch_members
+from tests.token_data import write_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 NUM_KILLS = 32
@@ -28,10 +29,7 @@ Moment = Callable[[], bool]
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """A long run of short steps, with a snapshot every eight."""
-    text = tmp_path / "text"
-    text.mkdir()
-    for number in range(12):
-        (text / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog; " * 60)
+    text = write_text(tmp_path / "text", count=12, repeats=60)
     overrides = (
         f"data.sources=[{text}]", "data.held_out_fraction=0.3", "model.hidden_size=32", "model.num_layers=1",
         "training.sequence_length=16", "training.batch_tokens=64", "training.total_tokens=102400",

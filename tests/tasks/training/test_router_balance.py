@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from configs.model import ModelConfig
@@ -19,32 +14,22 @@ from tasks.models.disk_layout import model_buffers, model_parameters
 from tasks.models.routers import watch_routers
 from tasks.training.router_balance import RouterBalance
 from tasks.training.router_health import balance_loss, layer_counts
+from tests.gloo_ranks import end_ranks, start_ranks
 from tests.tasks.models.families import FAMILIES, MIXTURES, build_trained_like, random_tokens
 
-ROOT = Path(__file__).parents[3]
 SEQUENCES = 8
 COEFFICIENT = 0.5
 GRADIENT_TOLERANCE = 1e-6
 """Router gradients are about 1e-3; the mean of two ranks' float32 sums is rounded otherwise than one sum."""
 RANK = """
-import sys, torch, torch.distributed as dist
+import sys
 from safetensors.torch import save_file
-from tests.gloo_ranks import leave_together
+from tests.gloo_ranks import gloo_rank
 from tests.tasks.training.test_router_balance import one_step
-torch.set_num_threads(1)
-family, rank, world, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-save_file(one_step(family, rank, world), f"{store}-result-{rank}")
-leave_together(store, rank, world)
+family, folder = sys.argv[4:]
+with gloo_rank() as (rank, world_size):
+    save_file(one_step(family, rank, world_size), f"{folder}/result-{rank}")
 """
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def configured(family: str, **changes: float) -> ModelConfig:
@@ -68,20 +53,8 @@ def one_step(family: str, rank: int, world_size: int) -> dict[str, torch.Tensor]
 
 
 def run_ranks(family: str, folder: Path, world_size: int) -> list[dict[str, torch.Tensor]]:
-    store = folder / "store"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, family, str(rank), str(world_size), str(store)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    errors = [rank.communicate()[1] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)
-    return [load_file(f"{store}-result-{rank}") for rank in range(world_size)]
+    end_ranks(start_ranks(["-c", RANK], world_size, folder, family, str(folder)))
+    return [load_file(folder / f"result-{rank}") for rank in range(world_size)]
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -15,6 +15,7 @@ from configs.load import load_config
 from configs.schema import Config
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
 from tests.plain_gang import end_members, start_members, train_plainly
+from tests.token_data import write_text
 
 # Sums over ranks are taken in another order: float32 noise that six steps of AdamW amplify.
 WORLD_SIZE_TOLERANCE = 2e-4
@@ -22,10 +23,7 @@ WORLD_SIZE_TOLERANCE = 2e-4
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog; " * 60)
-    return folder
+    return write_text(tmp_path_factory.mktemp("text") / "fox", count=12, repeats=60)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from cluster.storage import open_store
 from tasks.checkpoints.manifest import read_manifest
 from tasks.checkpoints.run_folder import RunFolder, snapshot_key
 from tasks.merging.verify import verify_checkpoint
+from tests.gloo_ranks import end_ranks, start_ranks
 from tests.snapshot_parts import WORLD_SIZE, written_synchronously
 
 SLOW_WRITE_SECONDS = 0.02
@@ -28,46 +28,46 @@ from tasks.training.snapshots.board import open_board
 from tasks.training.snapshots.flight import Terms
 from tasks.training.snapshots.writer import SnapshotWriter
 from tests.faulty_store import FaultyStore, Sometimes
-from tests.gloo_ranks import leave_together
+from tests.gloo_ranks import gloo_rank
 from tests.snapshot_parts import WORLD_SIZE, facts_at, lease_in_force, share_of
-torch.set_num_threads(1)
-rank, rendezvous, url, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD_SIZE)
+rank, (url, kind, slow, sign) = int(sys.argv[1]), sys.argv[4:]
 
 def stand_still(method, key):
     if rank == 1 and method == "write" and "state-" in key:
-        Path(rendezvous + "-uploading").touch()
+        Path(sign).touch()
         time.sleep(1000)
     return False
 
 def cannot_write(method, key):
     return rank == 1 and method == "create_stream" and "step-000000004" in key
 
-fail = {"flaky": Sometimes(0.2, 7 + rank), "hang": stand_still, "broken": cannot_write, "well": lambda *_: False}[kind]
-store = FaultyStore(open_store(url), fail, slow_write_seconds=float(sys.argv[5]) if kind == "flaky" else 0.0)
-terms = Terms(board=open_board(rank, WORLD_SIZE), check_lease=lease_in_force, pauses_seconds=(0.01,) * 7)
-writer = SnapshotWriter(store, terms)
-step, waits = 0, []
-try:
-    while step < 12 or kind == "hang":
-        step += 1
-        message = torch.tensor([1.0, float(writer.has_failed)])
-        dist.all_reduce(message)
-        assert message[0] == WORLD_SIZE
-        if message[1]:
-            writer.wait()
-        writer.poll()
-        if step % 2 == 0 and step <= 12:
-            waits.append(writer.begin(share_of(rank, step), facts_at(step)))
-    writer.finish()
-    if kind == "flaky":
-        print(*waits)
-except Exception as error:
-    print(f"rank {rank} at step {step}: {type(error).__name__}: {error}", flush=True)
-dist.barrier()
-leave_together(rendezvous, rank, WORLD_SIZE)
+def train():
+    fail = {"flaky": Sometimes(0.2, 7 + rank), "hang": stand_still, "broken": cannot_write, "well": lambda *_: False}[kind]
+    store = FaultyStore(open_store(url), fail, slow_write_seconds=float(slow) if kind == "flaky" else 0.0)
+    terms = Terms(board=open_board(rank, WORLD_SIZE), check_lease=lease_in_force, pauses_seconds=(0.01,) * 7)
+    writer = SnapshotWriter(store, terms)
+    step, waits = 0, []
+    try:
+        while step < 12 or kind == "hang":
+            step += 1
+            message = torch.tensor([1.0, float(writer.has_failed)])
+            dist.all_reduce(message)
+            assert message[0] == WORLD_SIZE
+            if message[1]:
+                writer.wait()
+            writer.poll()
+            if step % 2 == 0 and step <= 12:
+                waits.append(writer.begin(share_of(rank, step), facts_at(step)))
+        writer.finish()
+        if kind == "flaky":
+            print(*waits)
+    except Exception as error:
+        print(f"rank {rank} at step {step}: {type(error).__name__}: {error}", flush=True)
+
+with gloo_rank():
+    train()
+    dist.barrier()
 """
-ROOT = Path(__file__).parents[4]
 PATIENCE_SECONDS = 120
 StartGang = Callable[[str, str], list[subprocess.Popen[str]]]
 
@@ -75,34 +75,15 @@ StartGang = Callable[[str, str], list[subprocess.Popen[str]]]
 @pytest.fixture
 def start_gang(tmp_path: Path) -> StartGang:
     def start(url: str, kind: str) -> list[subprocess.Popen[str]]:
-        return [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    MEMBER,
-                    str(rank),
-                    str(tmp_path / f"meet-{kind}"),
-                    url,
-                    kind,
-                    str(SLOW_WRITE_SECONDS),
-                ],
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(WORLD_SIZE)
-        ]
+        sign = str(tmp_path / "uploading")
+        return start_ranks(["-c", MEMBER], WORLD_SIZE, tmp_path, url, kind, str(SLOW_WRITE_SECONDS), sign)
 
     return start
 
 
 def outputs(members: list[subprocess.Popen[str]]) -> list[str]:
     """What each rank printed; a rank that ended badly fails the test."""
-    said = [member.communicate(timeout=PATIENCE_SECONDS) for member in members]
-    assert [member.returncode for member in members] == [0] * WORLD_SIZE, [error for _, error in said]
-    return [out for out, _ in said]
+    return end_ranks(members, timeout_seconds=PATIENCE_SECONDS)
 
 
 def test_storage_slower_than_steps_that_fails_a_fifth_of_requests_makes_late_and_right_snapshots(
@@ -133,7 +114,7 @@ def test_gang_killed_during_an_upload_leaves_nothing_to_be_seen_and_the_next_att
     url = str(tmp_path / "run")
     members = start_gang(url, "hang")
     ends_at = time.monotonic() + PATIENCE_SECONDS
-    while not (tmp_path / "meet-hang-uploading").exists():
+    while not (tmp_path / "uploading").exists():
         assert time.monotonic() < ends_at, "no upload began"
         time.sleep(0.05)
     for member in members:

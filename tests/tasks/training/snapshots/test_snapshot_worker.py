@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,46 +10,36 @@ from typing import Any
 import pytest
 
 from cluster.lease import hold_lease
-from cluster.storage import open_store
-from configs.load import config_to_dict, load_config
+from configs.load import load_config
 from configs.schema import Config
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, snapshot_key
 from tasks.merging.verify import verify_checkpoint
+from tests.gloo_ranks import end_ranks
+from tests.plain_gang import start_members
+from tests.token_data import write_text
 
-# One rank; rank 1 may be sent SIGTERM once the file named last is there.
-MEMBER = """
-import json, os, signal, sys, threading, time
+# Rank 1 is sent SIGTERM once the file is there.
+END_ME = """
+import os, signal, threading, time
 from pathlib import Path
-import torch, torch.distributed as dist
 from cluster.preemption import install
-from tests.gloo_ranks import leave_together
-from tasks.training.segment import train_segment
-from tasks.training.worker import SegmentTask
-torch.set_num_threads(1)
-rank, world, rendezvous, task, sign = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]), sys.argv[5]
 
 def end_me():
-    while not Path(sign).exists():
+    while not Path({sign!r}).exists():
         time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGTERM)
 
 assert install()
-if rank == 1 and sign:
+if rank == 1 and {sign!r}:
     threading.Thread(target=end_me, daemon=True).start()
-dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-print(json.dumps(train_segment(SegmentTask(**task))), flush=True)
-leave_together(rendezvous, rank, world)
 """
-ROOT = Path(__file__).parents[4]
 WORLD_SIZE = 2
 STEPS = 60
 INTERVAL = 20
 
 
 def tiny(folder: Path) -> Config:
-    folder.mkdir()
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog; " * 60)
+    write_text(folder, count=12, repeats=60)
     return load_config(
         "tiny",
         (
@@ -74,25 +61,10 @@ def train(url: str, config: Config, *, stop_once_there: str = "") -> list[dict[s
     """What each rank returned."""
     run = RunFolder(url)
     run.begin(config)
-    meet = f"{url}-meet-{len(run.segments())}"
-    with hold_lease(open_store(url), RUN_LEASE) as lease:
-        task = {
-            "run_url": url, "config": config_to_dict(config), "lease_token": lease.token, "cause": "start", "launched": 0.0,
-        }  # fmt: skip
-        members = [
-            subprocess.Popen(
-                [sys.executable, "-c", MEMBER, str(rank), str(WORLD_SIZE), meet, json.dumps(task), stop_once_there],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(WORLD_SIZE)
-        ]
-        said = [member.communicate() for member in members]
-    assert [member.returncode for member in members] == [0] * WORLD_SIZE, "\n".join(error for _, error in said)
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+    prelude = END_ME.format(sign=stop_once_there)
+    with hold_lease(run.store, RUN_LEASE) as lease:
+        said = end_ranks(start_members(run, config, lease, WORLD_SIZE, Path(url).parent, prelude=prelude))
+    return [json.loads(out.splitlines()[-1]) for out in said]
 
 
 @pytest.mark.slow
