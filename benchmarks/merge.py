@@ -22,7 +22,8 @@ from cluster.fan_out import fan_out_local
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.merging.merge import execute_merge
 from tasks.merging.methods import MethodChoice
-from tasks.merging.plan import MergePlan, plan_merge
+from tasks.merging.plan import plan_merge
+from tasks.merging.planned import MergePlan
 
 BLOCK_BYTES = {"hot": 1 << 20, "large": 64 << 20}
 """Raw reads into one buffer: of 1 MiB, which stays in cache, and of 64 MiB, which does not."""

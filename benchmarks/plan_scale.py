@@ -29,7 +29,8 @@ from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.regions import Region, TensorPlace
 from tasks.checkpoints.safetensors_header import build_header, read_header
 from tasks.merging.methods import MethodChoice
-from tasks.merging.plan import MergePlan, plan_merge
+from tasks.merging.plan import plan_merge
+from tasks.merging.planned import MergePlan
 from tasks.peak_memory import peak_resident_bytes
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -18,7 +18,7 @@ from pipelines.merge_request import Chosen, MergeRequest, build_plans, choose
 from tasks.checkpoints.pins import hold_pins
 from tasks.merging.merge import MergeReport, execute_merges, find_standing, nothing_done
 from tasks.merging.methods import EVALUATED_METHODS
-from tasks.merging.plan import MergePlan, MergeTask
+from tasks.merging.planned import MergePlan, MergeTask
 from tasks.peak_memory import peak_resident_bytes
 
 RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], Callable[[], bool]], Iterable[Any]]

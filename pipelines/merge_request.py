@@ -16,7 +16,8 @@ from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.run_folder import RunFolder, Snapshot
 from tasks.checkpoints.tied import open_untied
 from tasks.merging.methods import EVALUATED_METHODS, MethodChoice
-from tasks.merging.plan import MergePlan, Recipe, plan_merges
+from tasks.merging.plan import Recipe, plan_merges
+from tasks.merging.planned import MergePlan
 from tasks.merging.policy import DTYPE_NAMES, MergePolicy, parse_policy
 from tasks.merging.selection import BORDERS, WindowRule, on_grid, select_window
 

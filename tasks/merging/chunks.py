@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.checkpoints.safetensors_header import DTYPE_BYTES
-from tasks.merging.plan import PlannedTensor
+from tasks.merging.planned import PlannedTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

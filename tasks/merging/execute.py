@@ -21,7 +21,7 @@ from tasks.checkpoints.tensor_reader import TensorReader
 from tasks.checkpoints.writer import ShardWriter, open_shard
 from tasks.merging.chunks import Chunk, Segment, cut_chunks
 from tasks.merging.kernel import ChunkSum, first_nonfinite_stored, new_sum
-from tasks.merging.plan import MergeTask, PlannedTensor, TaskOutput, Vector
+from tasks.merging.planned import MergeTask, PlannedTensor, TaskOutput, Vector
 from tasks.merging.receipt import Receipt, read_receipt, task_identity, write_receipt
 from tasks.peak_memory import peak_resident_bytes
 

@@ -11,7 +11,7 @@ from cluster.storage import Store, open_store
 from configs.errors import UserError
 from tasks.checkpoints.manifest import MANIFEST_KEY, Manifest, read_manifest
 from tasks.merging.execute import execute_task
-from tasks.merging.plan import MergePlan, MergeTask
+from tasks.merging.planned import MergePlan, MergeTask
 from tasks.merging.publish import publish
 from tasks.merging.receipt import Receipt
 

@@ -22,7 +22,7 @@ from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.run_folder import code_version
 from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry
 from tasks.checkpoints.writer import commit_manifest, write_side_files
-from tasks.merging.plan import MergePlan
+from tasks.merging.planned import MergePlan
 from tasks.merging.receipt import Receipt
 
 COPIED_FILES = (

@@ -13,7 +13,7 @@ from configs.typed import parse_record
 from tasks.checkpoints.digest import fingerprint
 from tasks.checkpoints.manifest import Shard
 from tasks.checkpoints.safetensors_header import CheckpointError
-from tasks.merging.plan import MergeTask
+from tasks.merging.planned import MergeTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from cluster.storage import Store, open_store
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.merging.merge import MergeReport, execute_merge
 from tasks.merging.methods import MethodChoice
-from tasks.merging.plan import MergePlan, MergeTask, plan_merge
+from tasks.merging.plan import plan_merge
+from tasks.merging.planned import MergePlan, MergeTask
 from tasks.merging.receipt import Receipt
 
 OUTPUT = "merged/sma"

@@ -13,7 +13,8 @@ from configs.errors import UserError
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.merging.merge import MergeReport, execute_merges
 from tasks.merging.methods import MethodChoice
-from tasks.merging.plan import MergePlan, MergeTask, Recipe, plan_merges
+from tasks.merging.plan import Recipe, plan_merges
+from tasks.merging.planned import MergePlan, MergeTask
 from tasks.merging.receipt import Receipt
 from tasks.merging.verify import verify_checkpoint
 

@@ -26,7 +26,8 @@ from tasks.checkpoints.safetensors_header import CheckpointError, TensorEntry, r
 from tasks.checkpoints.writer import CommitConflict
 from tasks.merging.merge import MergeReport, execute_merge, find_standing
 from tasks.merging.methods import MethodChoice, build_weights
-from tasks.merging.plan import MergePlan, MergeTask, plan_merge
+from tasks.merging.plan import plan_merge
+from tasks.merging.planned import MergePlan, MergeTask
 from tasks.merging.receipt import Receipt
 
 Tensors = dict[str, torch.Tensor]

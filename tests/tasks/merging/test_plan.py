@@ -21,7 +21,8 @@ from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.safetensors_header import build_header
 from tasks.merging.methods import MethodChoice
 from tasks.merging.packing import pack_groups
-from tasks.merging.plan import MergePlan, PlannedTensor, plan_merge
+from tasks.merging.plan import plan_merge
+from tasks.merging.planned import MergePlan, PlannedTensor
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
