@@ -108,7 +108,8 @@ def test_report_is_self_contained_and_says_what_was_found(demo_run: DemoRun) -> 
     page = Path(demo_run[1]["report"]).read_text()
     assert not re.findall(r'(?:src|href)="https?:', page)
     assert "<script" not in page
-    assert page.count("<svg") == 3
+    # Held-out loss, training, router health, a snapshot beside training.
+    assert page.count("<svg") == 4
     assert f"{demo_run[1]['annealed_loss']:.4f}" in page
     assert "of what annealing gains" in page
 
