@@ -11,12 +11,13 @@ from pipelines.commands.data import tokenize
 from pipelines.commands.jobs import submit
 from pipelines.commands.merging import adopt, evaluate, export, merge, verify
 from pipelines.commands.schedule import plan, tick, watch
+from pipelines.commands.stages import continue_training, sft
 from pipelines.commands.training import anneal, demo, pretrain, recover
 from pipelines.commands.upkeep import gc, report, status
 from pipelines.console import EXIT_USAGE, report_failure
 
 COMMANDS: tuple[click.Command, ...] = (
-    demo, pretrain, anneal, recover, merge, plan, tick, watch, adopt, export, evaluate, verify, status, report, gc, submit, tokenize, config,
+    demo, pretrain, anneal, continue_training, sft, recover, merge, plan, tick, watch, adopt, export, evaluate, verify, status, report, gc, submit, tokenize, config,
 )  # fmt: skip
 
 

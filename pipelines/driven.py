@@ -20,7 +20,7 @@ class Driven:
     config: Config
     """Its configuration."""
     start: StartPoint | None = None
-    """Where the run was or will be forked from."""
+    """Where the run was or will be forked from, or whose weights it begins with."""
     lease: Lease | None = None
     """Held by this driver; None for whoever only looks."""
     beside: Beside | None = None

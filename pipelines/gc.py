@@ -17,6 +17,7 @@ from pipelines.tracking import CURSOR_KEY
 from tasks.checkpoints.attempts import Attempt, find_attempts, remove_attempts, writers_at_work
 from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.collect import Collection, collect
+from tasks.checkpoints.dependents import read_dependents, reasons_of_dependents
 from tasks.checkpoints.dooms import merges_made, names_going, without_gone
 from tasks.checkpoints.pins import pins_in_force
 from tasks.checkpoints.recoveries import Recovery
@@ -98,6 +99,7 @@ def survey(run: RunFolder, config: Config, now: float) -> RetentionPlan:
         {name: [f"pinned by {owner}"] for name, owner in pins.items()},
         reasons_of_windows(snapshots, rows, merges_made(run.store, all_merged), last_tokens=ends),
         reasons_of_starts({n: start for n, b in branches.items() if (start := b.identity().start)}, holdings),
+        reasons_of_dependents(read_dependents(run.store)),
         reasons_of_segments(segments, snapshots),
         reasons_of_recoveries({recovery.number: recovery.start for recovery in look.recoveries}, all_merged),
         reasons_of_registered(registered_digests(run.store), _merges(all_merged, branches), holdings),

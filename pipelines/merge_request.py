@@ -221,7 +221,7 @@ def _window(request: MergeRequest, largest: int | None) -> tuple[list[Snapshot],
         window = select_window(snapshots, fitting, request.end, request.across)
     except UserError as error:
         start = run.identity().start
-        if start is None or "fork" in request.across:
+        if start is None or start.weights_only or "fork" in request.across:
             raise
         raise UserError(
             f"{error}\nthe run was forked at step {start.step} from {start.url}: --across fork takes snapshots of that run too"

@@ -59,7 +59,7 @@ def pretrain_steps(config: Config, start: StartPoint | None = None) -> list[Step
     return [
         Step(
             name="train",
-            config={**values, "start": None if start is None else start.digest},
+            config={**values, **_start_values(start)},
             function=_train,
             units=snapshot_units,
             is_standing=lambda driven, _: is_trained(driven.run.glances(), driven.config),
@@ -111,15 +111,20 @@ def prepare_fork(run_url: str, name: str, config: Config) -> RunFolder:
     return branch
 
 
-def continue_run(run: RunFolder, config: Config) -> None:
-    """Do what the run still lacks: training, merges, evaluations, tracking."""
+def continue_run(run: RunFolder, config: Config, *, tracked_below: RunFolder | None = None) -> None:
+    """Do what the run still lacks: training, merges, evaluations, tracking.
+
+    A branch that is ``tracked_below`` its run is forwarded to MLflow with it, and registers no merges.
+    """
+    top = tracked_below or run
     driven = Driven(run=run, config=config, start=run.identity().start)
     steps = pretrain_steps(config, driven.start)
-    with hold_run(run) as lease, TrackingThread(run, config) as tracking:
+    with hold_run(run) as lease, TrackingThread(top, config) as tracking:
         if pending_steps(run.store, steps, driven):
             with working_session(run, config), Beside(run, config) as beside:
                 run_steps(run.store, steps, replace(driven, lease=lease, beside=beside), lease)
-        register_newest(run, config, tracking)
+        if top.url == run.url:
+            register_newest(run, config, tracking)
         tracking.finish()
 
 
@@ -212,9 +217,24 @@ def start_point(run: RunFolder, step: int) -> StartPoint:
     return StartPoint(url=chosen.url, digest=chosen.manifest.digest, step=step, tokens_seen=chosen.manifest.tokens_seen)
 
 
+def _start_values(start: StartPoint | None) -> dict[str, Any]:
+    """What of ``start`` decides the bytes of snapshots; older records do not know of weights alone."""
+    values: dict[str, Any] = {"start": None if start is None else start.digest}
+    return {**values, "start_weights_only": True} if start is not None and start.weights_only else values
+
+
+def _label(driven: Driven) -> str:
+    """What the progress bar calls the training."""
+    start, name = driven.start, driven.config.name
+    if start is None:
+        return name
+    # An arm is told by its folder: the run's own, or that of a branch.
+    return driven.run.url.rpartition("/")[2] if start.weights_only else f"{name} from step {start.step:,}"
+
+
 def _train(driven: Driven) -> dict[str, Any]:
     assert driven.lease is not None
-    label = driven.config.name if driven.start is None else f"{driven.config.name} from step {driven.start.step:,}"
+    label = _label(driven)
     beside = driven.beside
     with (
         Progress(driven.run, driven.config, label, lambda: list(beside.activity.values()) if beside else []),

@@ -133,9 +133,9 @@ def candidates(look: Look) -> list[Glance]:
 
 
 def inherited_course(run: RunFolder) -> Course:
-    """What recoveries of the run that this one was forked from changed for good."""
+    """What recoveries of the run that this one was forked from changed for good; weights alone bring nothing of it."""
     start = run.identity().start
-    data = open_store(start.url).read_if_present(STATE_KEY) if start else None
+    data = open_store(start.url).read_if_present(STATE_KEY) if start and not start.weights_only else None
     return read_course(json.loads(data)) if data is not None else AS_CONFIGURED
 
 

@@ -119,7 +119,8 @@ def model_bytes(driven: Driven, look: Look) -> int:
     snapshots = look.snapshots()
     if snapshots:
         return _model_part(read_manifest(open_store(snapshots[-1].url))[0])
-    if driven.start is not None and driven.start.digest:
+    # Weights that a run begins with may be another trainer's, without a manifest.
+    if driven.start is not None and driven.start.digest and not driven.start.weights_only:
         return _model_part(read_manifest(open_store(driven.start.url))[0])
     from tasks.models.build import count_parameters
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from tasks.checkpoints.digest import new_hasher
+from tasks.checkpoints.digest import content_digest, new_hasher
 from tasks.checkpoints.reader import Checkpoint
-from tasks.checkpoints.safetensors_header import DTYPE_BYTES
+from tasks.checkpoints.safetensors_header import DTYPE_BYTES, TensorEntry
 from tasks.checkpoints.tensor_reader import TensorReader
 
 READ_BYTES = 8 << 20
@@ -25,3 +25,18 @@ def tensor_digests(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
                 reader.read_into(place, start, end, data)
                 hasher.update(data)
             yield name, str(hasher.hexdigest())
+
+
+def digest_of_weights(checkpoint: Checkpoint) -> str:
+    """Content digest of ``checkpoint``: its manifest's word or, without one, from every weight, read once."""
+    if checkpoint.manifest is not None:
+        return checkpoint.manifest.digest
+    return digest_of_tensors(checkpoint, dict(tensor_digests(checkpoint)))
+
+
+def digest_of_tensors(checkpoint: Checkpoint, digests: Mapping[str, str]) -> str:
+    """Content digest of ``checkpoint`` from the ``digests`` of all its weights by name."""
+    return content_digest(
+        TensorEntry(name=name, dtype=p.dtype, shape=p.shape, offset=0, bytes=p.num_bytes, digest=digests[name])
+        for name, p in checkpoint.model.items()
+    )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from configs.merging import RetentionConfig
 from tasks.checkpoints.collect import collect
+from tasks.checkpoints.dependents import read_dependents, reasons_of_dependents
 from tasks.checkpoints.dooms import without_gone
 from tasks.checkpoints.pins import pins_in_force
 from tasks.checkpoints.retention import (
@@ -28,7 +29,7 @@ EVERYTHING_ELSE_STAYS = RetentionConfig()
 def drop_ephemeral(run: RunFolder, *, clock: Callable[[], float] = time.time) -> list[str]:
     """Take away the ephemeral snapshots of ``run`` that have a later snapshot and that nobody needs; their folders below it.
 
-    Needed are what is pinned, and where open segments and branches began. Costs two listings if there is nothing to take.
+    Needed are what is pinned, and where open segments, branches and dependent runs began. Costs two listings if there is nothing to take.
     Raises :class:`cluster.errors.LeaseHeld` if a collection is at work already.
     """
     if not any(row.action == "delete" for row in _survey(run, clock()).rows):
@@ -49,6 +50,7 @@ def _survey(run: RunFolder, now: float) -> RetentionPlan:
     needed = join_reasons(
         {name: [f"pinned by {owner}"] for name, owner in pins.items()},
         reasons_of_starts(starts, holdings),
+        reasons_of_dependents(read_dependents(run.store)),
         reasons_of_segments(run.segments(), snapshots),
     )
     return plan_retention(

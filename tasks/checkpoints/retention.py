@@ -173,12 +173,16 @@ def reasons_of_health(snapshots: Sequence[Glance], reach: SpikeReach | None = No
 
 
 def reasons_of_starts(starts: Mapping[str, StartPoint], holdings: Iterable[tuple[str, Glance]]) -> dict[str, list[str]]:
-    """Checkpoints that branches (by name) were forked from, by URL or, in a run that was moved, by step and digest."""
+    """Checkpoints that branches (by name) began with, by URL or, in a run that was moved, by digest and step.
+
+    A branch that began with weights alone does not say of which step they were.
+    """
     return {
         folder: [f"start of branch {name}"]
         for folder, glance in holdings
         for name, start in starts.items()
-        if start.url == glance.url or (start.step, start.digest) == (glance.step, glance.digest)
+        if start.url == glance.url
+        or (start.digest == glance.digest and (start.weights_only or start.step == glance.step))
     }
 
 

@@ -36,7 +36,7 @@ class RunIdentity:
     config: Config
     """As resolved when the run began."""
     start: StartPoint | None
-    """Where it was forked from; None for fresh weights."""
+    """Where it was forked from, or whose weights it began with; None for fresh weights."""
     code_version: str
     """pmaflow that began it."""
     created: float
@@ -164,10 +164,13 @@ class RunFolder:
         return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.recovery))
 
     def trajectory(self) -> list[Snapshot]:
-        """Snapshots of this run and, before the point where it was forked, of the run it came from; by step."""
+        """Snapshots of this run and, before the point where it was forked, of the run it came from; by step.
+
+        A run that began with another's weights alone counts anew: it has no steps of that run.
+        """
         start = self.identity().start
         own = self.snapshots()
-        if start is None or "/snapshots/" not in start.url:
+        if start is None or start.weights_only or "/snapshots/" not in start.url:
             return own
         parent = RunFolder(start.url.rpartition("/snapshots/")[0])
         return [snapshot for snapshot in parent.trajectory() if snapshot.step <= start.step] + own

@@ -182,3 +182,10 @@ def _end_of(vocabulary: dict[str, int], wanted: str | int | None, name: str) -> 
     elif wanted in vocabulary:
         return vocabulary[wanted]
     raise UserError(f"{name!r} has no token {wanted!r} to end documents with; give a token of it, or an id")
+
+
+def token_names(data: bytes, name: str) -> dict[int, str]:
+    """Id to spelling of every token of the tokenizer file ``data``, added ones included; ``name`` is for messages."""
+    return {
+        token: spelling for spelling, token in _parse_tokenizer(data, name).get_vocab(with_added_tokens=True).items()
+    }

@@ -30,6 +30,14 @@ def require_census(
     parameters: Mapping[str, torch.Tensor], places: Mapping[str, TensorPlace], url: str, prefix: str = ""
 ) -> None:
     """Every disk tensor of ``parameters``, by layout name, is at ``places`` with its shape, and nothing else is."""
+    if problems := census_problems(parameters, places, prefix):
+        raise CheckpointError(f"{url} does not fit the network: {'; '.join(problems[:20])}")
+
+
+def census_problems(
+    parameters: Mapping[str, torch.Tensor], places: Mapping[str, TensorPlace], prefix: str = ""
+) -> list[str]:
+    """How ``places`` differ from the disk tensors of ``parameters``, by layout name; empty if all fit and none is left over."""
     expected = {
         prefix + piece.disk_name: piece.shape for name, p in parameters.items() for piece in pieces_of(name, p.shape)
     }
@@ -45,5 +53,4 @@ def require_census(
         for name in expected
         if name in places and places[name].dtype not in TORCH_DTYPES
     ]
-    if problems:
-        raise CheckpointError(f"{url} does not fit the network: {'; '.join(problems[:20])}")
+    return problems

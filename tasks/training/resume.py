@@ -10,6 +10,7 @@ from tasks.checkpoints.manifest import STATE_KEY
 from tasks.checkpoints.reader import Checkpoint
 from tasks.checkpoints.recoveries import Recovery
 from tasks.checkpoints.run_folder import RunFolder
+from tasks.checkpoints.start_point import StartPoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class ResumePoint:
     """Whether Adam's moments are restored with the weights."""
     recovery: Recovery | None
     """The newest recovery; it decides learning rate and data from here on."""
+    initial: StartPoint | None = None
+    """The start of a run that initialises from weights, while nothing of its own is committed yet."""
 
 
 def find_resume_point(run: RunFolder) -> ResumePoint:
@@ -34,6 +37,8 @@ def find_resume_point(run: RunFolder) -> ResumePoint:
     if snapshots:
         return ResumePoint(url=snapshots[-1].url, with_moments=True, recovery=last)
     start = run.identity().start
+    if start is not None and start.weights_only:
+        return ResumePoint(url=start.url, with_moments=False, recovery=last, initial=start)
     return ResumePoint(url=start.url if start else None, with_moments=start is not None, recovery=last)
 
 

@@ -19,12 +19,14 @@ from tasks.checkpoints.manifest import LossStatistics
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
 from tasks.checkpoints.recoveries import Recovery
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, RunIdentity
+from tasks.checkpoints.tied import without_tied
 from tasks.data.batch import Batch
 from tasks.data.prefetch import Prefetcher
 from tasks.data.skips import skip_to
 from tasks.data.stream import open_stream
 from tasks.data.tokenizer_files import tokenizer_files
 from tasks.training.drill import corrupt, is_corruption_due, poison
+from tasks.training.initial_weights import require_same_weights
 from tasks.training.rank_zero import told_by_rank_zero
 from tasks.training.resume import ResumePoint, find_resume_point, read_scalars
 from tasks.training.roll_call import RollCall
@@ -138,6 +140,12 @@ class Worker:
         if point.url is None:
             return point
         checkpoint: Checkpoint = open_checkpoint(point.url)
+        if point.initial is not None:
+            key = f"initial/{self.num_restores}"
+            require_same_weights(checkpoint, point.initial, self.rank, self.world_size, key)
+            self.step, self.optimizer_steps, self.carried = 0, 0, None
+            restore_rank(self.model, without_tied(checkpoint), with_moments=False, optimizer_steps=0)
+            return point
         assert checkpoint.manifest is not None and checkpoint.manifest.step is not None
         scalars = read_scalars(checkpoint)
         if point.recovery is None:

@@ -1,0 +1,131 @@
+"""The weights that a later stage begins with: found, held against the configuration, and on record, before any worker starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from cluster.errors import ObjectMissing
+from cluster.storage import is_shared_with_workers, open_store
+from configs.errors import UserError
+from configs.schema import Config
+from tasks.checkpoints.content import digest_of_weights
+from tasks.checkpoints.dependents import register_dependent
+from tasks.checkpoints.manifest import MANIFEST_KEY, read_manifest
+from tasks.checkpoints.pins import hold_pins
+from tasks.checkpoints.reader import Checkpoint, open_checkpoint
+from tasks.checkpoints.run_folder import RUN_KEY, RunFolder
+from tasks.checkpoints.safetensors_header import CheckpointError
+from tasks.checkpoints.start_point import StartPoint, require_digest
+from tasks.checkpoints.tied import without_tied
+
+SHOWN = 20
+"""Differences that a message lists."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """A run and the weights that it begins, or began, with."""
+
+    option: str
+    """The command's option that named them, for messages."""
+    run: RunFolder
+    """The run."""
+    config: Config
+    """Its configuration."""
+    start: StartPoint
+    """The weights."""
+    checkpoint: Checkpoint | None
+    """The checkpoint that holds them; None where the run is on record already and does not need it read again."""
+
+
+def find_initial_weights(option: str, url: str, run: RunFolder, config: Config) -> InitialWeights:
+    """The weights at ``url`` for a run that begins with them; those on record, if the run was begun.
+
+    Without a manifest to say it, the content digest is computed, for which every weight is read once. Raises
+    :class:`configs.errors.UserError` if there is no checkpoint, if it does not fit ``config``, or if the run was begun
+    with other weights.
+    """
+    if run.store.exists(RUN_KEY):
+        return InitialWeights(option=option, run=run, config=config, start=_standing(option, url, run), checkpoint=None)
+    checkpoint = _open(option, url)
+    require_fit(option, config, checkpoint)
+    if checkpoint.manifest is None:
+        logger.warning("%s has no manifest: reading it once for its digest", checkpoint.url)
+    try:
+        digest = digest_of_weights(checkpoint)
+    except (CheckpointError, ObjectMissing) as error:
+        raise UserError(f"{option} {checkpoint.url}: {error}") from error
+    start = StartPoint(url=checkpoint.url, digest=digest, step=0, tokens_seen=0, weights_only=True)
+    return InitialWeights(option=option, run=run, config=config, start=start, checkpoint=checkpoint)
+
+
+def begin_with(wanted: InitialWeights) -> None:
+    """Put the run on record, or check that the one that stands has the same configuration.
+
+    From then on retention of the run that the weights lie in leaves them alone (:mod:`tasks.checkpoints.dependents`).
+    """
+    with ExitStack() as stack:
+        if wanted.checkpoint is not None:
+            # Until the dependent is on record, which keeps its start from then on, a pin does.
+            stack.enter_context(hold_pins([wanted.checkpoint]))
+        register_dependent(wanted.start, wanted.run.url)
+        wanted.run.begin(wanted.config, wanted.start)
+
+
+def require_fit(option: str, config: Config, checkpoint: Checkpoint) -> None:
+    """Raise :class:`configs.errors.UserError` listing how ``checkpoint`` differs from the network and vocabulary of ``config``."""
+    from tasks.data.same_vocabulary import vocabulary_misfits
+    from tasks.models.fit import misfits
+
+    try:
+        found = misfits(config, without_tied(checkpoint))
+    except CheckpointError as error:
+        raise UserError(f"{option} {checkpoint.url}: {error}") from error
+    if found:
+        raise UserError(
+            f"{option} {checkpoint.url} does not fit the model section of {config.name}:\n{_listed(found)}\n"
+            f"`pma config from-model {checkpoint.store.url}` prints the section of a folder with a config.json"
+        )
+    if found := vocabulary_misfits(config.data, checkpoint):
+        raise UserError(
+            f"{option} {checkpoint.url} was trained on another vocabulary than the data of {config.name}:\n{_listed(found)}"
+        )
+
+
+def _open(option: str, url: str) -> Checkpoint:
+    store = open_store(url)
+    if not is_shared_with_workers(store):
+        raise UserError(f"{option} {url}: memory:// is seen by one process only; give a path or s3://")
+    try:
+        return open_checkpoint(url)
+    except (CheckpointError, UserError) as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def _standing(option: str, url: str, run: RunFolder) -> StartPoint:
+    """The start of a run that was begun, if the weights at ``url`` are it."""
+    start = run.identity().start
+    if start is None or not start.weights_only:
+        raise UserError(f"{run.url} is a run that did not begin with given weights; give another --run")
+    store = open_store(url)
+    data_there = store.exists(MANIFEST_KEY)
+    if store.url == start.url:
+        if data_there:
+            # Weights without a manifest are proven by the gang that reads them.
+            require_digest(start, read_manifest(store)[0].digest)
+        return start
+    if digest_of_weights(_open(option, url)) != start.digest:
+        raise UserError(
+            f"{run.url} began with the weights of {start.url}, {option} {store.url} holds others: give the same, or another "
+            "--run"
+        )
+    return start
+
+
+def _listed(found: Sequence[str]) -> str:
+    lines = [f"  {line}" for line in found[:SHOWN]]
+    return "\n".join([*lines, *([f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])])

@@ -1,0 +1,124 @@
+"""Later stages as a story: continued training and SFT from given weights, beside matched control arms, and what differs."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from configs.errors import UserError
+from configs.schema import Config
+from pipelines.initial import InitialWeights, begin_with, find_initial_weights
+from pipelines.pretrain import continue_run, has_work_left, require_workable, summarise, working_session
+from tasks.checkpoints.run_folder import RunFolder
+
+Stage = Literal["continue-training", "sft"]
+CHAT = "chat"
+"""The ``data.format`` of conversations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRequest:
+    """What ``pma continue-training`` and ``pma sft`` were asked for."""
+
+    stage: Stage
+    """The command."""
+    init: str
+    """Checkpoint whose weights the stage begins with."""
+    control: str | None = None
+    """Checkpoint that the matched arm begins with."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to run the arms with; empty for the configuration's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The arms of one seed."""
+
+    seed: int
+    """Decides the order of the data; the same for both."""
+    init: InitialWeights
+    """The arm that is asked about."""
+    control: InitialWeights | None
+    """The arm that differs in its weights at the start alone."""
+
+    @property
+    def arms(self) -> list[InitialWeights]:
+        """Those that there are."""
+        return [self.init, *([self.control] if self.control else [])]
+
+
+def run_stage(run_url: str, config: Config, request: StageRequest) -> dict[str, Any]:
+    """Train the stage's arms to their end, one after the other, and compare them; the same call again continues.
+
+    Returns the fields of ``pma continue-training --json``.
+    """
+    started = time.perf_counter()
+    pairs = plan_stage(RunFolder(run_url), config, request)
+    for arm in (arms := [arm for pair in pairs for arm in pair.arms]):
+        begin_with(arm)
+    top = pairs[0].init.run
+    with ExitStack() as stack:
+        if any(has_work_left(arm.run, arm.config) for arm in arms):
+            stack.enter_context(working_session(top, config))
+        for arm in arms:
+            continue_run(arm.run, arm.config, tracked_below=top)
+    return summarise_stage(pairs, seconds=time.perf_counter() - started)
+
+
+def plan_stage(top: RunFolder, config: Config, request: StageRequest) -> list[Pair]:
+    """The arms that ``request`` asks for, with everything that is wrong with them found; writes nothing.
+
+    The first seed's arm is the run at ``top``; all others are branches of it.
+    """
+    require_stage(request, config)
+    require_workable(top, config)
+    seeds = request.seeds or (config.seed,)
+    pairs = []
+    for number, seed in enumerate(seeds):
+        seeded = replace(config, seed=seed)
+        suffix = f"seed-{seed}" if number else ""
+        run = top.branch(suffix) if suffix else top
+        init = find_initial_weights("--init", request.init, run, seeded)
+        control = None
+        if request.control is not None:
+            branch = top.branch("-".join(part for part in ("control", suffix) if part))
+            control = find_initial_weights("--control", request.control, branch, seeded)
+            if control.start.digest == init.start.digest:
+                raise UserError(
+                    f"--control {request.control} holds the same weights as --init: the arms would not differ"
+                )
+        pairs.append(Pair(seed=seed, init=init, control=control))
+    return pairs
+
+
+def require_stage(request: StageRequest, config: Config) -> None:
+    """Refuse what no stage can be made of."""
+    if request.stage == "sft" and str(config.data.format) != CHAT:
+        raise UserError(
+            f"pma sft trains on answers in conversations: it needs data.format={CHAT}, got {config.data.format}; "
+            "for plain text use pma continue-training"
+        )
+    if len(set(request.seeds)) != len(request.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, request.seeds))}: give each seed once")
+
+
+def summarise_stage(pairs: list[Pair], *, seconds: float) -> dict[str, Any]:
+    """The fields of ``pma continue-training --json``, from run folders alone."""
+    first = pairs[0]
+    return {
+        **summarise(first.init.run, seconds=seconds),
+        "init": describe_start(first.init),
+        "control": summarise_arm(first.control) if first.control else None,
+    }
+
+
+def summarise_arm(arm: InitialWeights) -> dict[str, Any]:
+    """An arm as ``pretrain --json`` has a run, and what it began with."""
+    return {**summarise(arm.run, seconds=0.0), "init": describe_start(arm)}
+
+
+def describe_start(arm: InitialWeights) -> dict[str, Any]:
+    """The weights that an arm began with."""
+    return {"url": arm.start.url, "digest": arm.start.digest}
