@@ -49,7 +49,8 @@ class DataConfig:
     """What training reads and how it is split; see ``docs/data.md``."""
 
     sources: tuple[str, ...] = DEFAULT_SOURCES
-    """fsspec URLs, folders or globs of text or token files; ``python://stdlib`` is this interpreter's own library sources."""
+    """fsspec URLs, folders or globs of text or token files; ``python://stdlib`` is this interpreter's own library
+    sources, ``python://PACKAGE/GLOB`` files of an installed package."""
     mixture: tuple[MixtureDomain, ...] = ()
     """Domains with weights, a row ``{name, sources, weight}`` each, in place of ``sources``."""
     tokenizer: str = "bytes"

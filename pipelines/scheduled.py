@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.errors import LeaseHeld, ObjectMissing, ObjectTruncated
@@ -129,24 +129,27 @@ def on_ray(
 
 
 def unevaluated(run: RunFolder, config: Config) -> list[str]:
-    """URLs of committed checkpoints that lack an evaluation record and are to have one, merged ones first, newest first."""
+    """URLs of checkpoints that lack an evaluation record and are to have one.
+
+    Merged ones first, newest first; last the weights that the run began with, if it began with weights alone.
+    """
     suite, rows = suite_of(config), schedule_of(config)
     done = set(run.store.keys("evaluations"))
     look = run.look()
     merged = [glance for name, glance in look.merged().items() if is_evaluated(name, glance, rows)]
     newest_first = [*sorted(merged, key=lambda glance: glance.url, reverse=True), *on_grid(look.snapshots())[::-1]]
     waiting = [glance for glance in newest_first if evaluation_key(glance.digest, suite) not in done]
-    return [glance.url for glance in without_doomed(run.store, waiting)]
+    start = run.identity().start
+    initial = [start.url] if start and start.weights_only and evaluation_key(start.digest, suite) not in done else []
+    return [glance.url for glance in without_doomed(run.store, waiting)] + initial
 
 
 def evaluate_all(
     run: RunFolder, config: Config, urls: Sequence[str], cancelled: Callable[[], bool], batch: int = EVALUATION_BATCH
 ) -> None:
     """Evaluate ``urls`` as Ray tasks."""
-    tasks = [
-        EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(urls[start : start + batch]))
-        for start in range(0, len(urls), batch)
-    ]
+    task = EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=(), start=run.identity().start)
+    tasks = [replace(task, urls=tuple(urls[first : first + batch])) for first in range(0, len(urls), batch)]
     started = time.perf_counter()
     for _ in fan_out_ray(
         evaluate_checkpoints,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from configs.errors import UserError
 from configs.schema import Config
+from pipelines.arms import compare_pairs, initial_evaluation
 from pipelines.initial import InitialWeights, begin_with, find_initial_weights
 from pipelines.pretrain import continue_run, has_work_left, require_workable, summarise, working_session
 from tasks.checkpoints.run_folder import RunFolder
@@ -54,17 +56,19 @@ def run_stage(run_url: str, config: Config, request: StageRequest) -> dict[str, 
 
     Returns the fields of ``pma continue-training --json``.
     """
-    started = time.perf_counter()
     pairs = plan_stage(RunFolder(run_url), config, request)
-    for arm in (arms := [arm for pair in pairs for arm in pair.arms]):
+    arms = [arm for pair in pairs for arm in pair.arms]
+    for arm in arms:
         begin_with(arm)
-    top = pairs[0].init.run
+    top, seconds = pairs[0].init.run, {}
     with ExitStack() as stack:
         if any(has_work_left(arm.run, arm.config) for arm in arms):
             stack.enter_context(working_session(top, config))
         for arm in arms:
+            started = time.perf_counter()
             continue_run(arm.run, arm.config, tracked_below=top)
-    return summarise_stage(pairs, seconds=time.perf_counter() - started)
+            seconds[arm.run.url] = time.perf_counter() - started
+    return summarise_stage(pairs, seconds)
 
 
 def plan_stage(top: RunFolder, config: Config, request: StageRequest) -> list[Pair]:
@@ -104,21 +108,27 @@ def require_stage(request: StageRequest, config: Config) -> None:
         raise UserError(f"--seeds {' '.join(map(str, request.seeds))}: give each seed once")
 
 
-def summarise_stage(pairs: list[Pair], *, seconds: float) -> dict[str, Any]:
-    """The fields of ``pma continue-training --json``, from run folders alone."""
-    first = pairs[0]
+def summarise_stage(pairs: Sequence[Pair], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The fields of ``pma continue-training --json``, from run folders alone; ``seconds`` of each arm by its run's URL."""
+    rows = [
+        {
+            "seed": pair.seed,
+            **summarise_arm(pair.init, seconds),
+            "control": summarise_arm(pair.control, seconds) if pair.control else None,
+        }
+        for pair in pairs
+    ]
+    matched = [(pair.init, pair.control) for pair in pairs if pair.control]
     return {
-        **summarise(first.init.run, seconds=seconds),
-        "init": describe_start(first.init),
-        "control": summarise_arm(first.control) if first.control else None,
+        **rows[0],
+        "seeds": rows,
+        "comparison": compare_pairs(matched) if matched else None,
+        "seconds": round(sum(seconds.values()), 3),
     }
 
 
-def summarise_arm(arm: InitialWeights) -> dict[str, Any]:
-    """An arm as ``pretrain --json`` has a run, and what it began with."""
-    return {**summarise(arm.run, seconds=0.0), "init": describe_start(arm)}
-
-
-def describe_start(arm: InitialWeights) -> dict[str, Any]:
-    """The weights that an arm began with."""
-    return {"url": arm.start.url, "digest": arm.start.digest}
+def summarise_arm(arm: InitialWeights, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """An arm as ``pretrain --json`` has a run, and the weights that it began with."""
+    evaluation = initial_evaluation(arm)
+    init = {"url": arm.start.url, "digest": arm.start.digest, "loss": evaluation.loss if evaluation else None}
+    return {**summarise(arm.run, seconds=seconds.get(arm.run.url, 0.0)), "init": init}

@@ -99,7 +99,7 @@ def merge_units(driven: Driven) -> list[Unit]:
 
 
 def evaluation_units(driven: Driven, *, merges: bool = True) -> list[Unit]:
-    """The evaluations of the run's snapshots and, with ``merges``, of its scheduled merges."""
+    """The evaluations of the run's snapshots, of weights that it begins with and, with ``merges``, of its scheduled merges."""
     look = driven.run.look()
     suite, size, merged = suite_of(driven.config), model_bytes(driven, look), look.merged()
     done = set(driven.run.store.keys("evaluations"))
@@ -108,6 +108,8 @@ def evaluation_units(driven: Driven, *, merges: bool = True) -> list[Unit]:
     digests = {item.name: item.committed.digest if item.committed else None for item in expected}
     for merge in due_merges(expected, rows, ()):
         digests[merge.name] = merged[merge.name].digest if merge.name in merged else None
+    if driven.start is not None and driven.start.weights_only:
+        digests["init"] = driven.start.digest
     return [
         Unit(name=name, is_done=digest is not None and evaluation_key(digest, suite) in done, bytes_read=size)
         for name, digest in digests.items()

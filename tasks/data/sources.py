@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 from cluster.data_files import open_data_store
 from cluster.errors import StorageError
 from cluster.storage import list_text_files, scheme_of
-from configs.data import STDLIB_SOURCE, DataConfig
+from configs.data import DataConfig
 from configs.errors import UserError
+from tasks.data.package_files import is_python_source, python_files
 from tasks.data.token_files import is_token_folder
 
-_NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
 _TOKEN_SUFFIXES = (".bin", ".idx")
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".gz", ".zst")
 """Names that are asked about no further: each question is a request."""
@@ -46,7 +45,7 @@ def find_sources(sources: Sequence[str], data: DataConfig, key: str) -> SourceFi
         if data.format == "tokens" or (data.format == "auto" and _names_tokens(source)):
             tokens.append(source)
             continue
-        found = list(_stdlib_files() if source == STDLIB_SOURCE else _listed_files(source))
+        found = list(python_files(source) if is_python_source(source) else _listed_files(source))
         if not found:
             raise UserError(f"data source {source!r} holds no files")
         flat = [url for _, url in found if url.endswith(_TOKEN_SUFFIXES)] if data.format == "auto" else []
@@ -63,9 +62,11 @@ def find_sources(sources: Sequence[str], data: DataConfig, key: str) -> SourceFi
 
 
 def _names_tokens(source: str) -> bool:
+    if is_python_source(source):
+        return False
     if source.endswith(_TOKEN_SUFFIXES):
         return True
-    if source == STDLIB_SOURCE or source.endswith(_TEXT_SUFFIXES) or any(mark in source for mark in "*?["):
+    if source.endswith(_TEXT_SUFFIXES) or any(mark in source for mark in "*?["):
         return False
     return is_token_folder(source) or _is_prefix(source)
 
@@ -88,11 +89,3 @@ def _listed_files(source: str) -> Iterator[tuple[str, str]]:
         source = str(Path(source.removeprefix("file://")).absolute())
     for url in list_text_files(source):
         yield url.removeprefix(base).lstrip("/") or url.rsplit("/", 1)[-1], url
-
-
-def _stdlib_files() -> Iterator[tuple[str, str]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not _NOT_LIBRARY & set(relative.parts) and not relative.parts[0].startswith("config-"):
-            yield relative.as_posix(), str(path)

@@ -21,6 +21,7 @@ from configs.json_numbers import finite_or_none
 from configs.load import config_from_dict
 from configs.schema import Config
 from tasks.checkpoints.digest import fingerprint
+from tasks.checkpoints.start_point import StartPoint, require_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,8 @@ class EvaluationTask:
     """Resolved configuration of the run."""
     urls: tuple[str, ...]
     """Checkpoints."""
+    start: StartPoint | None = None
+    """Of a run that begins with given weights: where ``urls`` name them, they must still be the same."""
 
 
 def suite_of(config: Config) -> str:
@@ -97,7 +100,7 @@ def evaluate_checkpoints(task: EvaluationTask) -> list[Evaluation]:
 
     torch.set_num_threads(1)
     suite = HeldOutSuite(task.run_url, config_from_dict(task.config))
-    return [suite.evaluate(url) for url in task.urls]
+    return [suite.evaluate(url, task.start) for url in task.urls]
 
 
 class HeldOutSuite:
@@ -123,19 +126,26 @@ class HeldOutSuite:
             self._bytes = sum(vocabulary.count_bytes(row[row >= 0]) for target_BS in targets for row in target_BS)
         self._network = build_model(config.model, config.training.sequence_length).eval()
 
-    def evaluate(self, url: str) -> Evaluation:
-        """Measure the checkpoint at ``url`` and write its record."""
+    def evaluate(self, url: str, start: StartPoint | None = None) -> Evaluation:
+        """Measure the checkpoint at ``url`` and write its record.
+
+        Raises :class:`tasks.checkpoints.start_point.WeightsReplaced` where ``start`` is there and holds other weights by now.
+        """
+        from tasks.checkpoints.content import digest_of_weights
         from tasks.checkpoints.reader import open_checkpoint
+        from tasks.checkpoints.tied import without_tied
         from tasks.models.weights import load_weights
 
         checkpoint = open_checkpoint(url)
-        load_weights(self._network, checkpoint)
+        digest = digest_of_weights(checkpoint)
+        if start is not None and url == start.url:
+            require_digest(start, digest)
+        load_weights(self._network, without_tied(checkpoint))
         size = self._config.evaluation.batch_sequences
         sums = [
             {name: sum_losses(self._network, batch, size) for name, batch in batches.items()}
             for batches in self._slices
         ]
-        digest = checkpoint.manifest.digest if checkpoint.manifest else fingerprint({"url": checkpoint.url})
         evaluation = self._record(digest, sums)
         write_evaluation(self._store, evaluation)
         return evaluation
