@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.errors import ObjectExists
+from configs.json_numbers import finite_or_none
 from configs.schema import Config
 from pipelines.initial import InitialWeights
+from pipelines.tracking import COMPARISONS
+from tasks.checkpoints.digest import fingerprint
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.checkpoints.start_point import StartPoint
 from tasks.evaluation.arms import Arm, ArmComparison, compare_arms, compare_seeds
@@ -46,11 +53,21 @@ def compare_pairs(pairs: Sequence[tuple[InitialWeights, InitialWeights]]) -> dic
         )
         for init, control in pairs
     ]
-    return {
-        "confidence": CONFIDENCE,
-        "seeds": [_describe(comparison) for comparison in found],
-        "over_seeds": _differences(compare_seeds(found)) if len(found) > 1 else None,
-    }
+    comparison: dict[str, Any] = finite_or_none(
+        {
+            "confidence": CONFIDENCE,
+            "seeds": [_describe(item) for item in found],
+            "over_seeds": _differences(compare_seeds(found)) if len(found) > 1 else None,
+        }
+    )
+    return comparison
+
+
+def record_comparison(run: RunFolder, comparison: Mapping[str, Any]) -> None:
+    """Keep ``comparison`` in the run, once, from where tracking forwards it."""
+    key = f"{COMPARISONS}/{fingerprint(comparison)[:16]}.json"
+    with contextlib.suppress(ObjectExists):
+        run.store.create(key, json.dumps({**comparison, "time": time.time()}, allow_nan=False).encode())
 
 
 def _describe(comparison: ArmComparison) -> dict[str, Any]:

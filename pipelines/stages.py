@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -10,14 +11,16 @@ from typing import Any, Literal
 
 from configs.errors import UserError
 from configs.schema import Config
-from pipelines.arms import compare_pairs, initial_evaluation
+from pipelines.arms import compare_pairs, initial_evaluation, record_comparison
 from pipelines.initial import InitialWeights, begin_with, find_initial_weights
 from pipelines.pretrain import continue_run, has_work_left, require_workable, summarise, working_session
+from pipelines.tracking import bring_up_to_date
 from tasks.checkpoints.run_folder import RunFolder
 
 Stage = Literal["continue-training", "sft"]
 CHAT = "chat"
 """The ``data.format`` of conversations."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,12 @@ def run_stage(run_url: str, config: Config, request: StageRequest) -> dict[str, 
             started = time.perf_counter()
             continue_run(arm.run, arm.config, tracked_below=top)
             seconds[arm.run.url] = time.perf_counter() - started
-    return summarise_stage(pairs, seconds)
+    result = summarise_stage(pairs, seconds)
+    if result["comparison"]:
+        record_comparison(top, result["comparison"])
+        if error := bring_up_to_date(top, config)["error"]:
+            logger.warning("%s. The comparison waits in the run folder", error)
+    return result
 
 
 def plan_stage(top: RunFolder, config: Config, request: StageRequest) -> list[Pair]:

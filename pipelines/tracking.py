@@ -29,6 +29,8 @@ from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import read_evaluation, suite_of
 
 CURSOR_KEY = "tracking/cursor.json"
+COMPARISONS = "comparisons"
+"""Folder of a run's comparisons of arms."""
 ALIAS = "pma-latest"
 NOTED_EVENTS = ("spike", "recovery", "recovered", "spike-unanswered")
 """Kinds of events that a tracked run is annotated with."""
@@ -134,6 +136,9 @@ class Forwarder:
         if kind == "note":
             self._forward_note(run, prefix, name)
             return
+        if kind == "comparison":
+            self._forward_comparison(run, prefix, name)
+            return
         label, url_digest, tokens = name.split("@")
         evaluation = read_evaluation(run.store, url_digest, self.suite)
         assert evaluation is not None
@@ -152,6 +157,21 @@ class Forwarder:
         metric = f"recovery/{event['kind'].replace('-', '_')}_count"
         self.tracker.log_points(run_id, [Point(metric=metric, value=1.0, step=tokens, time=float(event["time"]))])
 
+    def _forward_comparison(self, run: RunFolder, prefix: str, name: str) -> None:
+        """A comparison of arms: whole as an artifact, and its differences as metrics at the end of the run."""
+        text = run.store.read(f"{COMPARISONS}/{name}").decode()
+        comparison, run_id = json.loads(text), self._run_id("run" if not prefix else prefix.rstrip("/"))
+        self.tracker.log_text(run_id, text, "comparison.json")
+        differences = comparison["over_seeds"] or comparison["seeds"][0]["differences"]
+        tokens = self.config.training.total_tokens
+        points = [
+            Point(metric=f"comparison/{key}{suffix}", value=item[end], step=tokens, time=comparison["time"])
+            for key, item in differences.items()
+            for end, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
+            if item[end] is not None
+        ]
+        self.tracker.log_points(run_id, points)
+
     def _pending_journals(self, run: RunFolder, prefix: str) -> list[str]:
         sent = set(self.cursor.journals)
         return [key for key in journal_keys(run.store) if prefix + key not in sent]
@@ -161,6 +181,7 @@ class Forwarder:
         items = [f"merged/{name}" for name in run.merged()]
         names = [key.rpartition("/")[2] for key in run.store.keys("events")]
         items += [f"note/{name}" for name in names if name.removesuffix(".json").partition("-")[2] in NOTED_EVENTS]
+        items += [f"comparison/{key.rpartition('/')[2]}" for key in run.store.keys(COMPARISONS)]
         evaluated = set(run.store.keys("evaluations"))
         checkpoints = [("raw", s.manifest) for s in run.snapshots()]
         checkpoints += [(_label(manifest), manifest) for manifest in run.merged().values()]
@@ -170,12 +191,16 @@ class Forwarder:
             # A merge of plain folders has no place on the token axis.
             if manifest.tokens_seen is not None and f"evaluations/{manifest.digest}-{self.suite}.json" in evaluated
         ]
+        start = run.identity().start
+        if start is not None and start.weights_only and f"evaluations/{start.digest}-{self.suite}.json" in evaluated:
+            items.append(f"evaluation/raw@{start.digest}@0")
         return [item for item in items if prefix + item not in sent]
 
     def _run_id(self, key: str) -> str:
         if key not in self.cursor.runs:
             parent = None if key == "run" else self._run_id("run")
             tags = {"pma.run_url": self.run.url, "pma.run_id": self.run.identity().run_id, "pma.part": key}
+            tags |= self._lineage_tags(key)
             params = identity_of(self.config) if key == "run" else {}
             name = self.config.name if key == "run" else key.replace("/", " ").removeprefix("branches ")
             self.cursor.runs[key] = self.tracker.start_run(name, parent_id=parent, tags=tags, params=params)
@@ -184,6 +209,14 @@ class Forwarder:
                 self.tracker.log_text(self.cursor.runs[key], text, "config.json")
             self._save()
         return self.cursor.runs[key]
+
+    def _lineage_tags(self, key: str) -> dict[str, str]:
+        """Whose weights the run, or branch, of this key began with."""
+        if key != "run" and not key.startswith("branches/"):
+            return {}
+        run = self.run if key == "run" else self.run.branch(key.removeprefix("branches/"))
+        start = run.identity().start
+        return {"pma.init_url": start.url, "pma.init_digest": start.digest} if start and start.weights_only else {}
 
     def _count(self) -> int:
         return len(self.cursor.journals) + len(self.cursor.items)

@@ -11,22 +11,21 @@ import pytest
 import torch
 from bpe_tokenizer import train_bpe
 from local_gang import run_tasks, train
-from safetensors.torch import load_file, save_file
-from short_run import begin, small
+from safetensors.torch import save_file
+from short_run import small
+from stage_arms import SHORT, ask, evaluate, losses, make_parent, plain_copy, weights_of
 
 from cluster.journal import read_journal
 from configs.errors import UserError
 from configs.json_numbers import finite_or_none
-from configs.load import config_to_dict
 from configs.schema import Config
 from pipelines.gc import gc
-from pipelines.initial import begin_with
 from pipelines.merge_request import MergeRequest, choose
 from pipelines.pretrain import prepare_fork, prepare_run
 from pipelines.recover import inherited_course
 from pipelines.render_stages import render_stage
 from pipelines.scheduled import unevaluated
-from pipelines.stages import Pair, StageRequest, plan_stage, require_stage, summarise_stage
+from pipelines.stages import StageRequest, require_stage, summarise_stage
 from tasks.checkpoints.course import AS_CONFIGURED, read_course
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.checkpoints.run_folder import RunFolder
@@ -34,7 +33,7 @@ from tasks.checkpoints.start_point import StartPoint, WeightsReplaced
 from tasks.checkpoints.tied import open_untied
 from tasks.data.batches import rank_batch
 from tasks.data.corpus import read_corpus
-from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, read_evaluation, suite_of
+from tasks.evaluation.held_out import read_evaluation, suite_of
 from tasks.merging.merge import execute_merge
 from tasks.merging.methods import MethodChoice
 from tasks.merging.plan import plan_merge
@@ -45,16 +44,12 @@ from tasks.training.schedule import step_learning_rate
 
 # The gang sums losses over sequences in another order.
 TOLERANCE = 1e-5
-SHORT = ("training.total_tokens=2560", "seed=7")
-"""20 steps with a snapshot every 10."""
 
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run of 40 steps with snapshots of another seed's data, to take weights from."""
-    run, config = begin(tmp_path_factory.mktemp("stages") / "parent", "training.total_tokens=5120")
-    train(run, config)
-    return run
+    return make_parent(tmp_path_factory.mktemp("stages") / "parent")
 
 
 @pytest.fixture
@@ -62,21 +57,6 @@ def own_parent(parent: RunFolder, tmp_path: Path) -> RunFolder:
     """A copy of the parent that a test may change."""
     shutil.copytree(parent.url, tmp_path / "parent")
     return RunFolder(str(tmp_path / "parent"))
-
-
-def ask(
-    tmp_path: Path, init: str, control: str | None = None, *overrides: str, seeds: tuple[int, ...] = ()
-) -> list[Pair]:
-    request = StageRequest(stage="continue-training", init=init, control=control, seeds=seeds)
-    pairs = plan_stage(RunFolder(str(tmp_path / "stage")), small(*SHORT, *overrides), request)
-    for pair in pairs:
-        for arm in pair.arms:
-            begin_with(arm)
-    return pairs
-
-
-def losses(run: RunFolder) -> list[float]:
-    return [row.metrics["train/loss"] for row in read_journal(run.store) if "train/loss" in row.metrics]
 
 
 def oracle_loss(config: Config, weights: str, step: int) -> float:
@@ -97,26 +77,6 @@ def oracle_loss(config: Config, weights: str, step: int) -> float:
     with torch.inference_mode():
         logits_BSV = network(input_ids=tokens_BS1[:, :-1], use_cache=False).logits
     return float(torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS1[:, 1:].flatten()))
-
-
-def plain_copy(snapshot: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """The weights of a snapshot as a foreign Hugging Face folder: one file, no manifest."""
-    folder.mkdir()
-    tensors = {}
-    for file in sorted(Path(snapshot).glob("model*.safetensors")):
-        tensors |= load_file(file)
-    save_file(
-        {name: t.to(dtype) for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
-    )
-    shutil.copy(Path(snapshot) / "config.json", folder)
-    return str(folder)
-
-
-def weights_of(url: str) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(Path(url).glob("model*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 def merge_of(parent: RunFolder, output: Path, *, moments: str) -> str:
@@ -441,16 +401,6 @@ def test_evaluation_refuses_weights_that_were_replaced(own_parent: RunFolder, tm
     with pytest.raises(WeightsReplaced):
         evaluate(pair.init.run, pair.init.config)
     assert pair.init.run.store.keys("evaluations") == []
-
-
-def evaluate(run: RunFolder, config: Config) -> None:
-    task = EvaluationTask(
-        run_url=run.url,
-        config=config_to_dict(config),
-        urls=tuple(unevaluated(run, config)),
-        start=run.identity().start,
-    )
-    evaluate_checkpoints(task)
 
 
 def _state(run: RunFolder) -> str:
