@@ -88,10 +88,12 @@ def gather(run_url: str) -> ReportData:
     run = RunFolder(run_url)
     identity = run.identity()
     config = identity.config
-    branches = {name: run.branch(name) for name in run.branches() if run.branch(name).store.exists("run.json")}
+    below = {name: run.branch(name) for name in run.branches() if run.branch(name).store.exists("run.json")}
+    # Further arms of a stage do not go on from this run's weights: what is said of branches is not true of them.
+    branches = {name: b for name, b in below.items() if (start := b.identity().start) and not start.weights_only}
     branch_journals = {name: read_journal(branch.store) for name, branch in branches.items()}
     journals = read_journals(run.store)
-    everyone = [run, *branches.values()]
+    everyone = [run, *below.values()]
     events, segments = read_events(run.store), run.segments()
     recoveries = run.recoveries()
     journal, left_behind = split_journals(journals, segments, recoveries)
