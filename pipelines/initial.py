@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,12 +27,48 @@ SHOWN = 20
 logger = logging.getLogger(__name__)
 
 
+class InitialCheckpoint:
+    """A checkpoint that arms begin with: opened, held against the configuration and hashed once, when that is first needed.
+
+    Raises :class:`configs.errors.UserError` then, if there is none, or if it does not fit.
+    """
+
+    def __init__(self, option: str, url: str, config: Config) -> None:
+        self.option, self.config = option, config
+        self._store = open_store(url)
+
+    @property
+    def url(self) -> str:
+        """Its folder."""
+        return self._store.url
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Its tensors, which fit the configuration."""
+        if not is_shared_with_workers(self._store):
+            raise UserError(f"{self.option} {self.url}: memory:// is seen by one process only; give a path or s3://")
+        try:
+            found = open_checkpoint(self.url)
+        except (CheckpointError, UserError) as error:
+            raise UserError(f"{self.option}: {error}") from error
+        require_fit(self.option, self.config, found)
+        return found
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Its content digest; without a manifest to say it every weight is read."""
+        if self.checkpoint.manifest is None:
+            logger.warning("%s has no manifest: reading it once for its digest", self.url)
+        try:
+            return digest_of_weights(self.checkpoint)
+        except (CheckpointError, ObjectMissing) as error:
+            raise UserError(f"{self.option} {self.url}: {error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
     """A run and the weights that it begins, or began, with."""
 
-    option: str
-    """The command's option that named them, for messages."""
     run: RunFolder
     """The run."""
     config: Config
@@ -39,28 +76,18 @@ class InitialWeights:
     start: StartPoint
     """The weights."""
     checkpoint: Checkpoint | None
-    """The checkpoint that holds them; None where the run is on record already and does not need it read again."""
+    """The checkpoint that holds them; None for a run that is on record already."""
 
 
-def find_initial_weights(option: str, url: str, run: RunFolder, config: Config) -> InitialWeights:
-    """The weights at ``url`` for a run that begins with them; those on record, if the run was begun.
+def find_initial_weights(source: InitialCheckpoint, run: RunFolder, config: Config) -> InitialWeights:
+    """The weights of ``source`` for a run that begins with them; those on record, if the run was begun.
 
-    Without a manifest to say it, the content digest is computed, for which every weight is read once. Raises
-    :class:`configs.errors.UserError` if there is no checkpoint, if it does not fit ``config``, or if the run was begun
-    with other weights.
+    Raises :class:`configs.errors.UserError` as ``source`` does, and if the run was begun with other weights.
     """
     if run.store.exists(RUN_KEY):
-        return InitialWeights(option=option, run=run, config=config, start=_standing(option, url, run), checkpoint=None)
-    checkpoint = _open(option, url)
-    require_fit(option, config, checkpoint)
-    if checkpoint.manifest is None:
-        logger.warning("%s has no manifest: reading it once for its digest", checkpoint.url)
-    try:
-        digest = digest_of_weights(checkpoint)
-    except (CheckpointError, ObjectMissing) as error:
-        raise UserError(f"{option} {checkpoint.url}: {error}") from error
-    start = StartPoint(url=checkpoint.url, digest=digest, step=0, tokens_seen=0, weights_only=True)
-    return InitialWeights(option=option, run=run, config=config, start=start, checkpoint=checkpoint)
+        return InitialWeights(run=run, config=config, start=_standing(source, run), checkpoint=None)
+    start = StartPoint(url=source.url, digest=source.digest, step=0, tokens_seen=0, weights_only=True)
+    return InitialWeights(run=run, config=config, start=start, checkpoint=source.checkpoint)
 
 
 def begin_with(wanted: InitialWeights) -> None:
@@ -96,32 +123,21 @@ def require_fit(option: str, config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def _open(option: str, url: str) -> Checkpoint:
-    store = open_store(url)
-    if not is_shared_with_workers(store):
-        raise UserError(f"{option} {url}: memory:// is seen by one process only; give a path or s3://")
-    try:
-        return open_checkpoint(url)
-    except (CheckpointError, UserError) as error:
-        raise UserError(f"{option}: {error}") from error
-
-
-def _standing(option: str, url: str, run: RunFolder) -> StartPoint:
-    """The start of a run that was begun, if the weights at ``url`` are it."""
+def _standing(source: InitialCheckpoint, run: RunFolder) -> StartPoint:
+    """The start of a run that was begun, if the weights of ``source`` are it."""
     start = run.identity().start
     if start is None or not start.weights_only:
         raise UserError(f"{run.url} is a run that did not begin with given weights; give another --run")
-    store = open_store(url)
-    data_there = store.exists(MANIFEST_KEY)
-    if store.url == start.url:
-        if data_there:
-            # Weights without a manifest are proven by the gang that reads them.
+    if source.url == start.url:
+        # Without a manifest they are proven by the gang that reads them; a run that has snapshots needs them no more.
+        store = open_store(source.url)
+        if store.exists(MANIFEST_KEY):
             require_digest(start, read_manifest(store)[0].digest)
         return start
-    if digest_of_weights(_open(option, url)) != start.digest:
+    if source.digest != start.digest:
         raise UserError(
-            f"{run.url} began with the weights of {start.url}, {option} {store.url} holds others: give the same, or another "
-            "--run"
+            f"{run.url} began with the weights of {start.url}, {source.option} {source.url} holds others: give the same, or "
+            "another --run"
         )
     return start
 

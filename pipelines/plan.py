@@ -163,6 +163,18 @@ def _pretrain(run: RunFolder, config: Config) -> list[tuple[str, Driven, list[St
     return [("", Driven(run=run, config=config, start=start), pretrain_steps(config, start))]
 
 
+def _stage(run: RunFolder, config: Config) -> list[tuple[str, Driven, list[Step[Driven]]]]:
+    """The first arm, and the further ones that are on record."""
+    rows = _pretrain(run, config)
+    for name in run.branches():
+        branch = run.branch(name)
+        identity = branch.identity() if branch.store.exists(RUN_KEY) else None
+        if identity is not None and identity.start is not None and identity.start.weights_only:
+            arm = Driven(run=branch, config=identity.config, start=identity.start)
+            rows.append((f"{name}/", arm, pretrain_steps(identity.config, identity.start)))
+    return rows
+
+
 def _demo(run: RunFolder, config: Config) -> list[tuple[str, Driven, list[Step[Driven]]]]:
     fork = fork_step(config)
     branch = run.branch(branch_name(fork))
@@ -180,4 +192,6 @@ def _demo(run: RunFolder, config: Config) -> list[tuple[str, Driven, list[Step[D
 PIPELINES: dict[str, Callable[[RunFolder, Config], list[tuple[str, Driven, list[Step[Driven]]]]]] = {
     "pretrain": _pretrain,
     "demo": _demo,
+    "continue-training": _stage,
+    "sft": _stage,
 }

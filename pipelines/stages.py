@@ -12,7 +12,7 @@ from typing import Any, Literal
 from configs.errors import UserError
 from configs.schema import Config
 from pipelines.arms import compare_pairs, initial_evaluation, record_comparison
-from pipelines.initial import InitialWeights, begin_with, find_initial_weights
+from pipelines.initial import InitialCheckpoint, InitialWeights, begin_with, find_initial_weights
 from pipelines.pretrain import continue_run, has_work_left, require_workable, summarise, working_session
 from pipelines.tracking import bring_up_to_date
 from tasks.checkpoints.run_folder import RunFolder
@@ -86,23 +86,26 @@ def plan_stage(top: RunFolder, config: Config, request: StageRequest) -> list[Pa
     """
     require_stage(request, config)
     require_workable(top, config)
+    init = InitialCheckpoint("--init", request.init, config)
+    control = InitialCheckpoint("--control", request.control, config) if request.control else None
     seeds = request.seeds or (config.seed,)
-    pairs = []
-    for number, seed in enumerate(seeds):
-        seeded = replace(config, seed=seed)
-        suffix = f"seed-{seed}" if number else ""
-        run = top.branch(suffix) if suffix else top
-        init = find_initial_weights("--init", request.init, run, seeded)
-        control = None
-        if request.control is not None:
-            branch = top.branch("-".join(part for part in ("control", suffix) if part))
-            control = find_initial_weights("--control", request.control, branch, seeded)
-            if control.start.digest == init.start.digest:
-                raise UserError(
-                    f"--control {request.control} holds the same weights as --init: the arms would not differ"
-                )
-        pairs.append(Pair(seed=seed, init=init, control=control))
+    pairs = [_plan_pair(top, replace(config, seed=seed), init, control, is_first=seed == seeds[0]) for seed in seeds]
+    for pair in pairs:
+        if pair.control is not None and pair.control.start.digest == pair.init.start.digest:
+            raise UserError(f"--control {request.control} holds the same weights as --init: the arms would not differ")
     return pairs
+
+
+def _plan_pair(
+    top: RunFolder, config: Config, init: InitialCheckpoint, control: InitialCheckpoint | None, *, is_first: bool
+) -> Pair:
+    seed = [] if is_first else [f"seed-{config.seed}"]
+    branch = top.branch("-".join(["control", *seed]))
+    return Pair(
+        seed=config.seed,
+        init=find_initial_weights(init, top.branch(*seed) if seed else top, config),
+        control=find_initial_weights(control, branch, config) if control else None,
+    )
 
 
 def require_stage(request: StageRequest, config: Config) -> None:

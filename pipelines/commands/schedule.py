@@ -19,7 +19,7 @@ from pipelines.render_schedule import render_plan, render_tick, render_watch
 def plan(
     pipeline: str, config_name: str, run_url: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool
 ) -> int:
-    """What a pipeline (pretrain, demo) has done and has left: steps, bytes, time. Nothing is started."""
+    """What a pipeline (pretrain, demo, continue-training, sft) has done and has left: steps, bytes, time. Nothing is started."""
 
     def work() -> dict[str, Any]:
         from configs.load import load_config
