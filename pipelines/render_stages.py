@@ -37,14 +37,14 @@ def render_comparison(comparison: dict[str, Any]) -> list[str]:
     """What the arms differ by, a line a quantity: over seeds where there are several, else of the one seed."""
     differences = comparison["over_seeds"] or comparison["seeds"][0]["differences"]
     names = [*LINES, *sorted(name for name in differences if name not in LINES)]
-    lines = [f"init against control, intervals of {comparison['confidence']:.0%}:"]
+    lines = [f"init less control, intervals of {comparison['confidence']:.0%}:"]
     return [*lines, *(f"  {_line(name, differences[name])}" for name in names if name in differences)]
 
 
 def _line(name: str, found: dict[str, Any]) -> str:
     label = LINES.get(name) or f"held-out loss at the end, {name.rpartition('/')[2]}"
     if found["is_ratio"]:
-        size, interval = f"{found['mean']:.3g} times the control's", _interval(found, ".3g")
+        size, interval = f"{found['mean']:.3f} times the control's", _interval(found, ".3g")
     elif name.startswith("num_"):
         size, interval = f"{found['mean']:+.3g}", _interval(found, "+.3g")
     else:

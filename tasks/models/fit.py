@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import torch
@@ -14,18 +15,15 @@ from tasks.models.config_file import CONFIG_KEY, read_model_shape
 from tasks.models.disk_layout import model_tensors
 from tasks.models.weights import census_problems
 
-UNSEEN_KEYS = (
-    "num_attention_heads", "num_key_value_heads", "head_size", "rope_head_size", "num_experts_per_token", "normalise_top_k",
-    "num_expert_groups", "num_groups_per_token", "routed_scaling_factor", "rope_theta", "norm_epsilon", "tie_embeddings",
-)  # fmt: skip
-"""Keys of ``model`` that decide what a network computes and that names and shapes of tensors need not show."""
+FREE_KEYS = {"experts_implementation", "initializer_range", "router_loss_coefficient", "router_bias_speed"}
+"""Keys of ``model`` that decide how a network is trained or computed, not what it computes."""
 
 
 def misfits(config: Config, checkpoint: Checkpoint) -> list[str]:
     """How ``checkpoint`` differs from what ``config.model`` describes, a line each; empty if its weights can be loaded.
 
-    Compares names and shapes of all tensors and, where a Hugging Face ``config.json`` lies beside them, what they do not
-    show. Allocates nothing. Raises :class:`configs.errors.UserError` for a ``config.json`` that the section cannot express.
+    Compares names and shapes of all tensors and, where a Hugging Face ``config.json`` lies beside them, first what that
+    says, some of which no tensor shows. Allocates nothing. Raises :class:`configs.errors.UserError` for a ``config.json`` that the section cannot express.
     """
     with torch.device("meta"):
         network = build_model(config.model, config.training.sequence_length)
@@ -35,15 +33,18 @@ def misfits(config: Config, checkpoint: Checkpoint) -> list[str]:
         return found
     if stated.family != config.model.family:
         return [f"model.family is {config.model.family}, the checkpoint's {stated.family}", *found]
-    ours = {key: getattr(config.model, key) for key in UNSEEN_KEYS}
-    return [
-        *(
-            f"model.{key} is {value!r}, the checkpoint's {getattr(stated, key)!r}"
-            for key, value in ours.items()
-            if value != getattr(stated, key)
-        ),
-        *found,
-    ]
+    return [*_key_differences(config.model, stated), *found]
+
+
+def _key_differences(ours: ModelConfig, stated: ModelConfig) -> list[str]:
+    names = [item.name for item in dataclasses.fields(ModelConfig) if item.name not in FREE_KEYS]
+    # Keys of parts that this network does not have hold whatever their defaults are.
+    if not ours.is_moe:
+        names = [name for name in names if "expert" not in name and name != "normalise_top_k"]
+    elif not ours.num_dense_layers:
+        names.remove("intermediate_size")
+    pairs = [(name, getattr(ours, name), getattr(stated, name)) for name in names]
+    return [f"model.{name} is {mine!r}, the checkpoint's {its!r}" for name, mine, its in pairs if mine != its]
 
 
 def _stated_shape(checkpoint: Checkpoint) -> ModelConfig | None:

@@ -55,7 +55,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture
 def own_parent(parent: RunFolder, tmp_path: Path) -> RunFolder:
     """A copy of the parent that a test may change."""
-    shutil.copytree(parent.url, tmp_path / "parent")
+    shutil.copytree(parent.url, tmp_path / "parent", ignore=shutil.ignore_patterns("dependents"))
     return RunFolder(str(tmp_path / "parent"))
 
 

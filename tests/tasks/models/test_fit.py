@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from tasks.checkpoints.reader import open_checkpoint
 from tasks.models.build import build_model
-from tasks.models.fit import UNSEEN_KEYS, misfits
+from tasks.models.fit import misfits
 from tests.sharded_gang import FAMILIES, Case, case_config
 
 
@@ -50,8 +50,22 @@ def test_difference_that_no_shape_shows_is_named_by_its_key(
     config = case_config(Case(name="a", family="qwen3_moe", overrides=()), 1)
     other = case_config(Case(name="b", family="qwen3_moe", overrides=overrides), 1)
     lines = found(other, saved(config, tmp_path / "a"))
-    assert key in UNSEEN_KEYS
     assert any(line.startswith(f"model.{key} is ") for line in lines)
+
+
+def test_key_behind_other_shapes_is_named_before_them(tmp_path: Path) -> None:
+    config = case_config(Case(name="a", family="qwen3_moe", overrides=()), 1)
+    other = case_config(Case(name="b", family="qwen3_moe", overrides=("model.hidden_size=64",)), 1)
+    lines = found(other, saved(config, tmp_path / "a"))
+    assert lines[0] == "model.hidden_size is 64, the checkpoint's 32"
+    assert any(line.startswith("model.embed_tokens.weight has shape") for line in lines)
+
+
+def test_keys_that_a_network_does_not_use_are_free(tmp_path: Path) -> None:
+    config = case_config(Case(name="a", family="qwen3_moe", overrides=()), 1)
+    free = ("model.intermediate_size=512", "model.router_loss_coefficient=0.5", "model.initializer_range=0.1")
+    other = case_config(Case(name="b", family="qwen3_moe", overrides=free), 1)
+    assert found(other, saved(config, tmp_path / "a")) == []
 
 
 def test_all_differences_are_listed_at_once(tmp_path: Path) -> None:
