@@ -17,7 +17,7 @@ from tasks.checkpoints.dependents import register_dependent
 from tasks.checkpoints.manifest import MANIFEST_KEY, read_manifest
 from tasks.checkpoints.pins import hold_pins
 from tasks.checkpoints.reader import Checkpoint, open_checkpoint
-from tasks.checkpoints.run_folder import RUN_KEY, RunFolder
+from tasks.checkpoints.run_folder import RUN_KEY, RunFolder, require_same_run
 from tasks.checkpoints.safetensors_header import CheckpointError
 from tasks.checkpoints.start_point import StartPoint, require_digest
 from tasks.checkpoints.tied import without_tied
@@ -82,16 +82,19 @@ class InitialWeights:
 def find_initial_weights(source: InitialCheckpoint, run: RunFolder, config: Config) -> InitialWeights:
     """The weights of ``source`` for a run that begins with them; those on record, if the run was begun.
 
-    Raises :class:`configs.errors.UserError` as ``source`` does, and if the run was begun with other weights.
+    Raises :class:`configs.errors.UserError` as ``source`` does, and if the run was begun with other weights or another
+    configuration, with the difference.
     """
     if run.store.exists(RUN_KEY):
-        return InitialWeights(run=run, config=config, start=_standing(source, run), checkpoint=None)
+        start = _standing(source, run)
+        require_same_run(run.identity(), config, start, run.url)
+        return InitialWeights(run=run, config=config, start=start, checkpoint=None)
     start = StartPoint(url=source.url, digest=source.digest, step=0, tokens_seen=0, weights_only=True)
     return InitialWeights(run=run, config=config, start=start, checkpoint=source.checkpoint)
 
 
 def begin_with(wanted: InitialWeights) -> None:
-    """Put the run on record, or check that the one that stands has the same configuration.
+    """Put the run on record, if it is not.
 
     From then on retention of the run that the weights lie in leaves them alone (:mod:`tasks.checkpoints.dependents`).
     """

@@ -44,7 +44,7 @@ def render_comparison(comparison: dict[str, Any]) -> list[str]:
 def _line(name: str, found: dict[str, Any]) -> str:
     label = LINES.get(name) or f"held-out loss at the end, {name.rpartition('/')[2]}"
     if found["is_ratio"]:
-        size, interval = f"{found['mean']:.3f} times the control's", _interval(found, ".3g")
+        size, interval = f"{found['mean']:.3f} times the control's", _interval(found, ".3f")
     elif name.startswith("num_"):
         size, interval = f"{found['mean']:+.3g}", _interval(found, "+.3g")
     else:

@@ -321,6 +321,7 @@ def test_control_arm_that_stands_with_another_configuration_is_refused_with_the_
         match=r"branches/control is a run of another configuration:\n  schedule.peak_learning_rate: run has 0.001, asked for 0.003",
     ):
         ask(tmp_path, late, early)
+    assert not (tmp_path / "stage" / "run.json").exists()
 
 
 def test_stage_that_began_with_other_weights_is_refused(parent: RunFolder, tmp_path: Path) -> None:
