@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from configs.errors import ConfigError
-from configs.fields import require
+from configs.fields import added, require
 from configs.typed import parse_record
 from configs.urls import require_no_credentials
 
 STDLIB_SOURCE = "python://stdlib"
+SIGNATURES_SOURCE = "python://stdlib-signatures"
+"""Chat rows from docstrings to signatures of the same sources."""
 DEFAULT_SOURCES = (STDLIB_SOURCE,)
 WHOLE = "all"
 """Name of the one domain that plain ``data.sources`` make, and of the loss over all domains."""
@@ -57,8 +59,8 @@ class DataConfig:
     """How text becomes tokens: ``bytes`` (one token a byte of UTF-8), or path or URL of a ``tokenizer.json``."""
     end_of_document: str | None = None
     """Token, by name or id, that ends a document; null: the tokenizer's usual one, or the one ``pma tokenize`` wrote."""
-    format: Literal["auto", "txt", "jsonl", "parquet", "tokens"] = "auto"
-    """What files hold; ``auto`` goes by their names (``docs/data.md``)."""
+    format: Literal["auto", "txt", "jsonl", "parquet", "tokens", "chat"] = "auto"
+    """What files hold; ``auto`` goes by their names (``docs/data.md``), ``chat`` is rows with answers (``docs/chat.md``)."""
     text_field: str = "text"
     """Field of a JSON line, or column of a parquet file, that holds the text."""
     token_dtype: Literal["uint8", "uint16", "uint32"] | None = None
@@ -70,7 +72,13 @@ class DataConfig:
     epochs: int | None = None
     """How often a domain may be read; null: as often as training.total_tokens asks for."""
     held_out_fraction: float = 0.05
-    """Share that training never sees: of text files and documents by hash, of token files their tail."""
+    """Share that training never sees: of text files, documents and chat rows by hash, of token files their tail."""
+    chat_template: str | None = added(None)
+    """How chat rows become text: ``plain``, ``chatml``, or path or URL of a Jinja file; null: the tokenizer's own."""
+    long_rows: Literal["refuse", "truncate", "drop"] = added("refuse")
+    """What becomes of a chat row that is longer than a training sequence."""
+    split_field: str | None = added(None)
+    """Field of a chat row, such as ``module``, whose hash decides the side it is on; null: the row's own hash."""
 
     def __post_init__(self) -> None:
         # OmegaConf leaves the items of a list as it read them.
@@ -90,12 +98,28 @@ class DataConfig:
         require_no_credentials(self.tokenizer, "data.tokenizer")
         require(bool(self.text_field), "data.text_field", self.text_field, "the name of a field, such as text")
         require(self.epochs is None or self.epochs >= 1, "data.epochs", self.epochs, "at least 1, or null")
+        self._check_chat()
         require(
             0 < self.held_out_fraction < 1,
             "data.held_out_fraction",
             self.held_out_fraction,
             "a fraction between 0 and 1, both excluded",
         )
+
+    def _check_chat(self) -> None:
+        for key, usual in (("chat_template", None), ("long_rows", "refuse"), ("split_field", None)):
+            value = getattr(self, key)
+            require(
+                self.format == "chat" or value == usual, f"data.{key}", value, "leave it out without data.format=chat"
+            )
+            require(value != "", f"data.{key}", value, "a value that is not empty, or null")
+        if self.chat_template is not None:
+            require_no_credentials(self.chat_template, "data.chat_template")
+        # The default is documents, and fits no chat; rows are made of the same sources under another name.
+        misfit = STDLIB_SOURCE if self.format == "chat" else SIGNATURES_SOURCE
+        fitting = f"files of chat rows, or {SIGNATURES_SOURCE}" if self.format == "chat" else "data.format=chat with it"
+        for sources in (self.sources if not self.mixture else (), *(domain.sources for domain in self.mixture)):
+            require(misfit not in sources, "data.sources", list(sources), fitting)
 
 
 def _require_sources(sources: tuple[str, ...], key: str) -> None:

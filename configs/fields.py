@@ -13,6 +13,11 @@ def execution(default: Any) -> Any:
     return field(default=default, metadata={"identity": False})
 
 
+def added(default: Any) -> Any:
+    """Field that runs were made without: it takes part in a run's identity only where it is not its default."""
+    return field(default=default, metadata={"identity": "unless default"})
+
+
 def require(condition: bool, key: str, got: object, allowed: str) -> None:
     """Raise :class:`ConfigError` naming ``key``, what it holds and what is allowed."""
     if not condition:

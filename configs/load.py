@@ -84,9 +84,9 @@ def override_execution(config: Config, overrides: tuple[str, ...]) -> Config:
     """
     changed = override(config, overrides)
     old, new = identity_of(config), identity_of(changed)
-    if fixed := [key for key in new if new[key] != old.get(key)]:
+    if fixed := [key for key in {**old, **new} if new.get(key) != old.get(key)]:
         raise ConfigError(
-            f"{fixed[0]}={new[fixed[0]]!r} differs from the run's {old.get(fixed[0])!r}: it decides what the run is; "
+            f"{fixed[0]}={new.get(fixed[0])!r} differs from the run's {old.get(fixed[0])!r}: it decides what the run is; "
             "here only keys that say how it is carried out can be given, such as merge.schedule, retention.keep_last "
             "or tracking.uri"
         )
@@ -204,7 +204,8 @@ def _plain(value: Any) -> Any:
 def _identity_leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for item in dataclasses.fields(value):
         inner = getattr(value, item.name)
-        if not item.metadata.get("identity", True):
+        part = item.metadata.get("identity", True)
+        if not part or (part == "unless default" and inner == item.default):
             continue
         if dataclasses.is_dataclass(inner):
             yield from _identity_leaves(inner, f"{prefix}{item.name}.")

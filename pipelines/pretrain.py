@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -142,7 +143,8 @@ def require_workable(run: RunFolder, config: Config) -> None:
     if not is_shared_with_workers(run.store):
         raise UserError(f"{run.url}: memory:// is seen by one process only; training needs a path or s3://")
     plan_mesh(config, config.training.num_workers)
-    require_readable(config)
+    for note in require_readable(config):
+        sys.stderr.write(f"{note}\n")
 
 
 def has_work_left(run: RunFolder, config: Config) -> bool:

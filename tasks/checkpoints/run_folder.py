@@ -256,7 +256,9 @@ def require_same_run(there: RunIdentity, config: Config, start: StartPoint | Non
     if there.start != start:
         old["start"], new["start"] = there.start, start
     lines = [
-        f"  {key}: run has {old.get(key)!r}, asked for {new.get(key)!r}" for key in new if old.get(key) != new.get(key)
+        f"  {key}: run has {old.get(key)!r}, asked for {new.get(key)!r}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
     ]
     if lines:
         raise UserError(

@@ -7,6 +7,7 @@ B batch, S sequence, S1 sequence and the token after it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,3 +42,18 @@ class Batch:
             document_ids_BS=None if documents is None else documents[start:end],
             position_ids_BS=None if positions is None else positions[start:end],
         )
+
+
+def arrange(parts: Sequence[Batch], places: NDArray[np.int64]) -> Batch:
+    """One batch of all sequences of ``parts``, of which the n-th, counted through them, stands at ``places[n]``."""
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort(places)
+    documents = [part.document_ids_BS for part in parts if part.document_ids_BS is not None]
+    positions = [part.position_ids_BS for part in parts if part.position_ids_BS is not None]
+    return Batch(
+        tokens_BS1=np.concatenate([part.tokens_BS1 for part in parts])[order],
+        targets_BS=np.concatenate([part.targets_BS for part in parts])[order],
+        document_ids_BS=np.concatenate(documents)[order] if documents else None,
+        position_ids_BS=np.concatenate(positions)[order] if positions else None,
+    )

@@ -124,7 +124,8 @@ def _documents(
 
 
 def _options(data: DataConfig) -> DocumentOptions:
-    return DocumentOptions(format="auto" if data.format == "tokens" else data.format, text_field=data.text_field)
+    kind = data.format
+    return DocumentOptions(format="auto" if kind == "tokens" or kind == "chat" else kind, text_field=data.text_field)  # noqa: PLR1714
 
 
 def _require_little(text_bytes: int, vocabulary: Vocabulary, key: str) -> None:

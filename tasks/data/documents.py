@@ -129,7 +129,7 @@ def skip_or_refuse(place: str, problem: str, options: DocumentOptions) -> Skippe
 
 def _file_document(stretch: Stretch, options: DocumentOptions) -> Iterator[Record]:
     url = stretch.file.url
-    with _open_text(url) as file:
+    with open_text(url) as file:
         data = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise UserError(
@@ -140,7 +140,7 @@ def _file_document(stretch: Stretch, options: DocumentOptions) -> Iterator[Recor
 
 def _line_documents(stretch: Stretch, options: DocumentOptions, *, is_json: bool) -> Iterator[Record]:
     url = stretch.file.url
-    with _open_text(url) as file:
+    with open_text(url) as file:
         position = _skip_to_line(file, stretch.start) if stretch.start else 0
         number = 0
         # A compressed file is read to its end: its size says nothing about its text.
@@ -159,7 +159,7 @@ def _line_documents(stretch: Stretch, options: DocumentOptions, *, is_json: bool
 
 def _parquet_documents(stretch: Stretch, options: DocumentOptions) -> Iterator[Record]:
     url, column = stretch.file.url, options.text_field
-    with _open_parquet(url) as file:
+    with open_parquet(url) as file:
         _require_text_column(file.schema_arrow, column, url)
         for group in range(file.num_row_groups):
             if not stretch.start <= group * stretch.file.bytes // file.num_row_groups < stretch.end:
@@ -191,7 +191,7 @@ def _json_record(line: bytes, place: str, options: DocumentOptions) -> Record:
     if not isinstance(text, str):
         problem = f"field {options.text_field!r} is {type(text).__name__}, not text"
         return skip_or_refuse(place, problem, options)
-    if not _is_unicode(text):
+    if not is_unicode(text):
         return skip_or_refuse(place, f"field {options.text_field!r} holds half of a surrogate pair", options)
     return Document(text=text, place=place) if text else Skipped(reason="empty")
 
@@ -204,7 +204,8 @@ def _text_record(data: bytes, place: str, options: DocumentOptions) -> Record:
     return Document(text=text, place=place) if text else Skipped(reason="empty")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8; JSON may spell half of a surrogate pair."""
     if text.isascii():
         return True
     try:
@@ -236,7 +237,8 @@ def _require_text_column(schema: pa.Schema, column: str, url: str) -> None:
 
 
 @contextlib.contextmanager
-def _open_text(url: str) -> Iterator[BinaryIO]:
+def open_text(url: str) -> Iterator[BinaryIO]:
+    """A file of lines, decompressed if its name says so; :class:`UserError` that names it if it is damaged."""
     if url.endswith(".zst"):
         yield from _open_zstandard(url)
         return
@@ -262,7 +264,8 @@ def _open_zstandard(url: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _open_parquet(url: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
+    """A parquet file; :class:`UserError` that names it if it is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

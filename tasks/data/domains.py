@@ -6,30 +6,31 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from configs.data import WHOLE, DataConfig
 from configs.errors import UserError
 from tasks.checkpoints.digest import fingerprint
 from tasks.data.corpus import Side, read_text
-from tasks.data.rows import RowVocabulary, TextRow, TokenFileRow, TokenRow, side_of
+from tasks.data.rows import Row, RowVocabulary, TextRow, TokenFileRow, TokenRow, side_of
 from tasks.data.sources import find_sources
 from tasks.data.token_files import TokenSet, find_token_files
 from tasks.data.vocabulary import BYTE_LEVEL, Vocabulary, load_vocabulary
 
 Value = TypeVar("Value", int, str)
+Row_co = TypeVar("Row_co", bound=Row, covariant=True)
 _OPENED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Domain:
+class Domain(Generic[Row_co]):
     """One domain on one side of the split."""
 
     name: str
     """Its name in ``data.mixture``; ``all`` for plain ``data.sources``."""
     weight: float
     """Its weight; only proportions count."""
-    row: TokenRow
+    row: Row_co
     """Its tokens."""
 
     @property
@@ -38,7 +39,7 @@ class Domain:
         return sources_key(self.name)
 
 
-def open_domains(data: DataConfig, side: Side, *, thorough: bool = False) -> tuple[Domain, ...]:
+def open_domains(data: DataConfig, side: Side, *, thorough: bool = False) -> tuple[Domain[TokenRow], ...]:
     """Open every domain of ``data`` on ``side``: text is read, token files are found and their sizes checked.
 
     ``thorough`` reads Megatron indices whole, as :func:`tasks.data.token_files.find_token_files` says.
@@ -57,7 +58,7 @@ def open_domains(data: DataConfig, side: Side, *, thorough: bool = False) -> tup
     return domains
 
 
-def vocabulary_size(domains: Sequence[Domain]) -> int | None:
+def vocabulary_size(domains: Sequence[Domain[Row]]) -> int | None:
     """Size of the vocabulary that the domains share, if any of them says it."""
     return max((d.row.vocabulary.size for d in domains if d.row.vocabulary.size is not None), default=None)
 
@@ -160,12 +161,12 @@ def _agreed(values: dict[str, Value], what: str) -> Value | None:
     return next(iter(values.values()), None)
 
 
-def _require_agreement(domains: Sequence[Domain], field: str) -> None:
+def _require_agreement(domains: Sequence[Domain[TokenRow]], field: str) -> None:
     values = {domain.key: getattr(domain.row.vocabulary, field) for domain in domains}
     _agreed({key: value for key, value in values.items() if value is not None}, field.replace("_", " "))
 
 
-def _require_borders(domains: Sequence[Domain]) -> None:
+def _require_borders(domains: Sequence[Domain[TokenRow]]) -> None:
     for domain in domains:
         if domain.row.vocabulary.end_of_document is None:
             raise UserError(

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from configs.errors import UserError
 from configs.schema import Config
 from tasks.data.batch import Batch
-from tasks.data.stream import TokenStream
+from tasks.data.sequences import Stream
 
 
-def held_out_batches(stream: TokenStream, config: Config) -> list[dict[str, Batch]]:
+def held_out_batches(stream: Stream, config: Config) -> list[dict[str, Batch]]:
     """``evaluation.num_slices`` slices, disjoint: for each, the sequences of every domain by its name.
 
     A slice has ``evaluation.slice_tokens``; domains share it by their weights, each with at least one sequence.
@@ -23,11 +23,11 @@ def held_out_batches(stream: TokenStream, config: Config) -> list[dict[str, Batc
     slices: list[dict[str, Batch]] = [{} for _ in range(config.evaluation.num_slices)]
     for number, (name, wanted) in enumerate(require_held_out(stream, config).items()):
         for chosen, places in zip(slices, slice_places(stream.windows[number], wanted, len(slices)), strict=True):
-            chosen[name] = stream.pack(stream.read_windows(number, places))
+            chosen[name] = stream.read_batch(number, places)
     return slices
 
 
-def require_held_out(stream: TokenStream, config: Config) -> Mapping[str, int]:
+def require_held_out(stream: Stream, config: Config) -> Mapping[str, int]:
     """Sequences of each domain in a slice; :class:`configs.errors.UserError` if one has fewer than all slices need."""
     sequences = config.evaluation.slice_tokens // config.training.sequence_length
     weights = [Fraction(repr(float(domain.weight))) for domain in stream.domains]

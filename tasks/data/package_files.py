@@ -27,7 +27,7 @@ def python_files(source: str) -> Iterator[tuple[str, str]]:
     ``**`` in GLOB stands for any folders. Which files there are depends on the version installed, so workers need the same.
     Raises :class:`configs.errors.UserError` for a package that is not installed and for what is no such pattern.
     """
-    return _library_files() if source == STDLIB_SOURCE else _package_files(source)
+    return stdlib_files() if source == STDLIB_SOURCE else _package_files(source)
 
 
 def _package_files(source: str) -> Iterator[tuple[str, str]]:
@@ -64,7 +64,8 @@ def _folders_of(package: str, source: str) -> list[Path]:
     return [Path(folder) for folder in spec.submodule_search_locations]
 
 
-def _library_files() -> Iterator[tuple[str, str]]:
+def stdlib_files() -> Iterator[tuple[str, str]]:
+    """Sources of the standard library as (path below it, absolute path), without tests and packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Self
 
 from tasks.data.batch import Batch
+from tasks.data.sequences import Stream
 from tasks.data.skips import SkipRange
-from tasks.data.stream import TokenStream
 
 
 class Prefetcher:
@@ -22,7 +22,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: Stream,
         *,
         first_step: int,
         batch_sequences: int,
@@ -49,7 +49,7 @@ class Prefetcher:
     def take(self, step: int) -> Batch:
         """The rows of this rank of the global batch of ``step``; steps are taken one after the other.
 
-        Raises what :meth:`tasks.data.stream.TokenStream.read` raises; the same step may then be asked for again.
+        Raises what :meth:`tasks.data.sequences.Stream.read` raises; the same step may then be asked for again.
         """
         if step != self._next_step:
             raise ValueError(f"step {step} was asked for, {self._next_step} is next")

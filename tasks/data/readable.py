@@ -7,14 +7,18 @@ import numpy as np
 from configs.data import WHOLE
 from configs.errors import UserError
 from configs.schema import Config
+from tasks.data.chat.stream import ChatStream
 from tasks.data.domains import vocabulary_size
 from tasks.data.held_out import require_held_out
 from tasks.data.rows import TokenFileRow, find_id_beyond
-from tasks.data.stream import TokenStream, id_beyond, open_stream
+from tasks.data.sequences import Stream
+from tasks.data.stream import id_beyond, open_stream
 
 
-def require_readable(config: Config) -> None:
-    """Open both sides of the data and check them against the model and the length of the run.
+def require_readable(config: Config) -> list[str]:
+    """Open both sides of the data and check them against the model and the length of the run; notes for people.
+
+    A note says of chat rows how many there are, and what of the sequences is padding.
 
     Token files are looked at in 32 stretches each where no manifest says how large their ids are; the others are
     checked as they are read. Raises :class:`configs.errors.UserError` for the first mistake found: missing or damaged
@@ -28,13 +32,15 @@ def require_readable(config: Config) -> None:
     finally:
         train.close()
     held_out = open_stream(config, "held_out")
+    sides = {"training": train, "held out": held_out}
     try:
         require_held_out(held_out, config)
     finally:
         held_out.close()
+    return [f"{name}: {stream.summary()}" for name, stream in sides.items() if isinstance(stream, ChatStream)]
 
 
-def _require_ids(stream: TokenStream) -> None:
+def _require_ids(stream: Stream) -> None:
     size, limit = vocabulary_size(stream.domains), stream.vocab_size
     if size is not None and size > limit:
         raise UserError(
@@ -48,7 +54,7 @@ def _require_ids(stream: TokenStream) -> None:
             raise id_beyond(row.place_of(at), int(token[0, 0]), limit)
 
 
-def _require_epochs(stream: TokenStream, config: Config) -> None:
+def _require_epochs(stream: Stream, config: Config) -> None:
     epochs = config.data.epochs
     if epochs is None:
         return

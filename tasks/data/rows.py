@@ -39,17 +39,26 @@ class RowVocabulary:
     """Digest of the vocabulary: rows of one run must agree."""
 
 
-class TokenRow(Protocol):
-    """One side of a domain, as one long row of tokens."""
+class Row(Protocol):
+    """One side of a domain, opened."""
 
-    num_tokens: int
-    """Tokens of the row."""
-    vocabulary: RowVocabulary
-    """What is known of its ids."""
+    @property
+    def vocabulary(self) -> RowVocabulary:
+        """What is known of its ids."""
 
     @property
     def digest(self) -> str:
         """Identity of the tokens, wherever they lie."""
+
+    def close(self) -> None:
+        """Give up open files and threads."""
+
+
+class TokenRow(Row, Protocol):
+    """One side of a domain, as one long row of tokens."""
+
+    num_tokens: int
+    """Tokens of the row."""
 
     def read_windows(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """Tokens ``[len(starts), length]`` from ``starts``, which lie inside the row.
@@ -59,9 +68,6 @@ class TokenRow(Protocol):
 
     def place_of(self, position: int) -> str:
         """Where the token at ``position`` is stored, for messages."""
-
-    def close(self) -> None:
-        """Give up open files and threads."""
 
 
 class TextRow:

@@ -8,6 +8,9 @@ from cluster.data_files import open_data_store
 from cluster.errors import ObjectMissing
 from configs.data import DataConfig
 from configs.errors import UserError
+from tasks.data.beside import CONFIG_KEY, TEMPLATE_KEY, files_beside
+from tasks.data.chat.rows import spelled_end
+from tasks.data.chat.template import find_template
 from tasks.data.sources import find_sources
 from tasks.data.token_files import find_token_files, is_token_folder
 from tasks.data.token_manifest import TOKENIZER_KEY, TokenPlan
@@ -20,27 +23,26 @@ from tasks.data.vocabulary import (
     tokenizer_url,
 )
 
-CONFIG_KEY = "tokenizer_config.json"
-_BESIDE = (CONFIG_KEY, "special_tokens_map.json", "chat_template.jinja")
-"""What users keep beside a tokenizer.json, taken along as it is."""
-
 
 def tokenizer_files(data: DataConfig) -> dict[str, bytes]:
-    """File name to content of what transformers' ``AutoTokenizer`` loads; empty for byte-level data and where nobody knows.
+    """File name to content of what transformers' ``AutoTokenizer`` loads; nothing for byte-level data and where nobody knows.
 
-    The tokenizer is that of :func:`run_vocabulary`. A ``tokenizer_config.json`` that lies beside ``data.tokenizer`` is
+    Chat data brings its template along, whatever the tokenizer. The tokenizer is that of :func:`run_vocabulary`. A ``tokenizer_config.json`` that lies beside ``data.tokenizer`` is
     taken along; without one a small one is made, with the end of document as end of sequence.
     """
     vocabulary = run_vocabulary(data)
+    template = {}
+    if data.format == "chat" and vocabulary is not None:
+        template = {TEMPLATE_KEY: find_template(data, spelled_end(vocabulary)).source.encode()}
     if not isinstance(vocabulary, TokenizerFile):
-        return {}
+        return template
     made = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": vocabulary.name_of(vocabulary.end_of_document),
         "clean_up_tokenization_spaces": False,
     }
-    beside = {} if data.tokenizer == BYTE_LEVEL else _beside(tokenizer_url(data.tokenizer))
-    return {CONFIG_KEY: json.dumps(made, indent=1).encode(), **beside, TOKENIZER_KEY: vocabulary.source}
+    beside = {} if data.tokenizer == BYTE_LEVEL else files_beside(tokenizer_url(data.tokenizer))
+    return {CONFIG_KEY: json.dumps(made, indent=1).encode(), **beside, **template, TOKENIZER_KEY: vocabulary.source}
 
 
 def run_vocabulary(data: DataConfig) -> Vocabulary | None:
@@ -48,7 +50,7 @@ def run_vocabulary(data: DataConfig) -> Vocabulary | None:
 
     None for token files of which nobody said it. The sources are those of a run, which agree with one another.
     """
-    if data.tokenizer != BYTE_LEVEL:
+    if data.tokenizer != BYTE_LEVEL or data.format == "chat":
         return load_vocabulary(data.tokenizer, data.end_of_document)
     for source in [source for domain in data.mixture for source in domain.sources] or data.sources:
         found = find_sources([source], data, "data.sources")
@@ -71,13 +73,3 @@ def _kept_vocabulary(folder: str, plan: TokenPlan) -> Vocabulary:
     except ObjectMissing:
         raise UserError(f"{folder}/{TOKENIZER_KEY} is missing; give the tokenizer as data.tokenizer") from None
     return build_vocabulary(source, plan.end_of_document, f"{folder}/{TOKENIZER_KEY}")
-
-
-def _beside(url: str) -> dict[str, bytes]:
-    found = {}
-    for name in _BESIDE:
-        store, key = open_data_store(f"{url.rpartition('/')[0] or '.'}/{name}")
-        content = store.read_if_present(key)
-        if content is not None:
-            found[name] = content
-    return found

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from tasks.data.batch import Batch
 
 FOLDER = "evaluations"
-_SUITE_KEYS = ("tokenizer", "end_of_document", "format", "text_field", "token_dtype", "packing")
+_SUITE_KEYS = (
+    "tokenizer", "end_of_document", "format", "text_field", "token_dtype", "packing", "chat_template", "long_rows", "split_field",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

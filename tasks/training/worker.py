@@ -271,7 +271,7 @@ class Worker:
             vocab_size=self.config.model.vocab_size,
             seed=self.config.seed,
         )
-        return self.stream.pack(poisoned.numpy())
+        return self.stream.replace_tokens(batch, poisoned.numpy())
 
     def _strike(self) -> None:
         """The drill's silent corruption, if this is the step for it."""

@@ -13,8 +13,8 @@ from cluster.storage import open_store
 from configs.data import STDLIB_SOURCE, DataConfig
 from configs.errors import UserError
 from tasks.data import corpus as corpus_module
-from tasks.data import sources as sources_module
 from tasks.data.corpus import DOCUMENT_END, Corpus, is_held_out
+from tasks.data.package_files import stdlib_files
 from tests.plain_text import read_corpus
 
 NUM_FILES = 60
@@ -139,7 +139,7 @@ def test_read_corpus_several_sources_are_joined(folder: Path) -> None:
 
 
 def test_read_corpus_stdlib_has_both_sides_without_tests_or_packages() -> None:
-    files = dict(sources_module._stdlib_files())
+    files = dict(stdlib_files())
     assert "json/decoder.py" in files
     assert not [name for name in files if "site-packages" in name or name.startswith("test/")]
     sides = {is_held_out(name, DataConfig().held_out_fraction) for name in files}

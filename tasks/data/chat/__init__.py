@@ -1,0 +1,1 @@
+"""Data of supervised fine-tuning: rows with answers, made into sequences whose targets are the answers alone."""
