@@ -129,6 +129,8 @@ class TokenizerFile:
         self.digest = fingerprint(
             {"kind": self.kind, "file": digest_bytes(data), "end_of_document": self.end_of_document}
         )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._no_text = [self.end_of_document, *(number for number, token in added.items() if token.special)]
         self._dtype = dtype_of(self.size)
 
     def problem_of(self, text: str) -> str | None:  # noqa: ARG002  any text can be encoded
@@ -143,8 +145,8 @@ class TokenizerFile:
         return np.array(ids, dtype=self._dtype)
 
     def count_bytes(self, ids: NDArray[np.int64]) -> int:
-        """Bytes of the decoded text, without ends of documents; a character cut at either edge counts as three."""
-        kept = ids[ids != self.end_of_document]
+        """Bytes of the decoded text, without special tokens, which are no text; a character cut at an edge counts as three."""
+        kept = ids[~np.isin(ids, self._no_text)]
         return len(self._tokenizer.decode(kept.tolist(), skip_special_tokens=False).encode())
 
     def name_of(self, token: int) -> str:

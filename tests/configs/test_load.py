@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from configs.load import (
     COMMAND_LINE,
     DEFAULT_ORIGIN,
@@ -19,10 +19,12 @@ from configs.load import (
     identity_of,
     known_keys,
     load_config,
+    override_execution,
 )
 from configs.schema import Config
 from configs.sections import ClusterConfig, TrackingConfig
 from configs.training import TrainingConfig
+from tasks.checkpoints.run_folder import RunFolder
 
 WriteYaml = Callable[[str], str]
 
@@ -174,6 +176,27 @@ def test_identity_execution_fields_do_not_take_part() -> None:
 )
 def test_identity_fields_that_decide_bytes_take_part(override: str) -> None:
     assert identity_of(load_config("tiny", (override,)).config) != identity_of(load_config("tiny").config)
+
+
+CHAT = ("data.format=chat", "data.sources=[x]")
+
+
+def test_identity_of_runs_made_before_a_field_was_added_is_what_it_was() -> None:
+    old = {"data.chat_template", "data.long_rows", "data.split_field"}
+    assert old <= set(known_keys())
+    assert not old & set(identity_of(load_config("tiny").config))
+    chat = identity_of(load_config("tiny", (*CHAT, "data.long_rows=drop", "data.split_field=module")).config)
+    assert {key: chat[key] for key in old & set(chat)} == {"data.long_rows": "drop", "data.split_field": "module"}
+
+
+def test_added_field_that_goes_back_to_its_default_is_another_run(tmp_path: Path) -> None:
+    dropping, refusing = (load_config("tiny", (*CHAT, *more)).config for more in (("data.long_rows=drop",), ()))
+    with pytest.raises(ConfigError, match=r"data.long_rows=None differs from the run's 'drop'"):
+        override_execution(dropping, ("data.long_rows=refuse",))
+    run = RunFolder(str(tmp_path / "run"))
+    run.begin(dropping)
+    with pytest.raises(UserError, match=r"data.long_rows: run has 'drop', asked for None"):
+        run.begin(refusing)
 
 
 def test_identity_names_are_dotted_keys() -> None:

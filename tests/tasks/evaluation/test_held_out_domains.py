@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from cluster.storage import open_store
 from configs.load import load_config
@@ -21,6 +22,7 @@ from tasks.evaluation.held_out import HeldOutSuite, read_evaluation, suite_of
 from tasks.models.build import build_model
 from tasks.models.weights import load_weights
 from tests.bpe_tokenizer import train_bpe
+from tests.chat_data import chat_config, pairs, train_chat_bpe, write_rows
 from tests.token_data import END, SEQUENCE_LENGTH, config_of, write_text, write_tokens
 
 # Float32 logits, summed in another order.
@@ -140,6 +142,48 @@ def test_bits_per_byte_of_a_tokenizer_counts_bytes_of_the_text(
     assert found.bits_per_byte == pytest.approx(found.loss * found.tokens / math.log(2) / text_bytes, rel=1e-12)
 
 
+def test_loss_of_chat_rows_is_that_of_their_answers_alone(save_folder: Callable[..., str], tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", pairs(80))
+    config = chat_config(source)
+    network = build_model(config.model, config.training.sequence_length, seed=3).eval()
+    folder = Path(save_folder("network", {"unused": torch.zeros(1)}))
+    network.save_pretrained(folder)
+    found = HeldOutSuite(str(tmp_path / "run"), config).evaluate(str(folder))
+    held_out = held_out_batches(open_stream(config, "held_out"), config)
+    texts = [bytes(row.tolist()).decode() for each in held_out for row in each["all"].tokens_BS1]
+    expected: list[list[float]] = [[], []]
+    for number, text in enumerate(texts):
+        # Oracle: each row by itself, cut out of the text by hand.
+        for row in [f"User:\n{part}" for part in text.rstrip("\0").split("User:\n")[1:]]:
+            tokens = torch.tensor(list(f"{row.rstrip(chr(0))}\0".encode()))
+            with torch.inference_mode():
+                logits_SV = network(input_ids=tokens[None, :-1], use_cache=False).logits[0].double()
+            losses_S = torch.nn.functional.cross_entropy(logits_SV, tokens[1:], reduction="none")
+            answer = row.index("Assistant:\n") + len("Assistant:\n")
+            expected[number // (len(texts) // 2)] += losses_S[answer - 1 :].tolist()
+    assert found.slices == pytest.approx([np.mean(losses) for losses in expected], abs=TOLERANCE)
+    assert found.tokens == sum(map(len, expected))
+    # A byte a token, the zero that ends an answer too.
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
+
+
+def test_bits_per_byte_of_chat_rows_are_over_bytes_of_answers(save_folder: Callable[..., str], tmp_path: Path) -> None:
+    size = train_chat_bpe(tmp_path).get_vocab_size()
+    source = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"q{n}", "completion": f"{n}"} for n in range(80)])
+    config = chat_config(source, f"data.tokenizer={tmp_path}", "data.chat_template=chatml", vocab_size=size)
+    folder = Path(save_folder("network", {"unused": torch.zeros(1)}))
+    build_model(config.model, config.training.sequence_length, seed=3).save_pretrained(folder)
+    found = HeldOutSuite(str(tmp_path / "run"), config).evaluate(str(folder))
+    rows = [batch for each in held_out_batches(open_stream(config, "held_out"), config) for batch in each.values()]
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    answers = [tokenizer.decode(row[row >= 0].tolist()) for batch in rows for row in batch.targets_BS]
+    # The token that ends a turn is predicted, and is no text.
+    assert all(answer.isdigit() for answer in answers)
+    assert found.bits_per_byte == pytest.approx(
+        found.loss / math.log(2) * found.tokens / sum(len(answer) for answer in answers)
+    )
+
+
 def test_suite_of_older_configurations_is_what_it_was() -> None:
     assert suite_of(load_config("tiny").config) == "00a4d5a985086db2"
     # How training reads is nothing to what is measured.
@@ -154,6 +198,10 @@ def test_suite_tells_apart_what_is_measured() -> None:
         "data.held_out_fraction=0.3", "data.packing=documents", "data.tokenizer=t.json", "data.format=txt", row, heavier,
         "data.text_field=body", "data.end_of_document=3", "data.token_dtype=uint32",
     )  # fmt: skip
+    chat = ("data.format=chat", "data.sources=[x]")
+    rows = ("data.chat_template=plain", "data.chat_template=chatml", "data.long_rows=drop", "data.split_field=module")
     suites = {suite_of(load_config("tiny", (override,)).config) for override in overrides}
-    assert len(suites) == len(overrides)
+    suites |= {suite_of(load_config("tiny", (*chat, *more)).config) for more in ((), *((row,) for row in rows))}
+    suites.add(suite_of(load_config("tiny", ("data.sources=[x]",)).config))
+    assert len(suites) == len(overrides) + len(rows) + 2
     assert "00a4d5a985086db2" not in suites

@@ -54,7 +54,7 @@ def mean_and_norm(config: Config, weights: str, batch: Batch) -> tuple[float, fl
     mean = losses.sum() / int((batch.targets_BS >= 0).sum())
     mean.backward()
     norms = [parameter.grad.norm() for parameter in network.parameters() if parameter.grad is not None]
-    return float(mean), float(torch.stack(norms).norm())
+    return float(mean.detach()), float(torch.stack(norms).norm())
 
 
 @pytest.mark.parametrize(("num_workers", "micro_batches"), [(1, 1), (2, 1), (1, 4), (2, 2)])
