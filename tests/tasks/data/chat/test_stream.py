@@ -56,8 +56,8 @@ def rows_in(batch: Batch) -> list[tuple[str, str]]:
     for tokens, targets, documents in zip(batch.tokens_BS1, batch.targets_BS, batch.document_ids_BS, strict=True):
         for document in range(documents.max() + 1):
             places = np.flatnonzero(documents == document)
-            # The last row of a sequence has its last token after the inputs, as target alone.
-            last = places[-1] + 2 if places[-1] == len(documents) - 1 else places[-1] + 1
+            # A row that fills a sequence has its last token after the inputs, as a target alone.
+            last = places[-1] + 2 if places[-1] == len(documents) - 1 and targets[-1] >= 0 else places[-1] + 1
             answers = targets[places][targets[places] >= 0]
             found.append((bytes(tokens[places[0] : last].tolist()).decode(), bytes(answers.tolist()).decode()))
     return found
