@@ -9,10 +9,10 @@ from typing import Any
 from configs.schema import Config
 from pipelines.anneal import anneal, branch_name, fork_step
 from pipelines.compare import compare_windows, missing_comparisons
-from pipelines.forecast import evaluation_of, forecast_at
 from pipelines.pretrain import continue_run, has_work_left, prepare_run, working_session
 from pipelines.report.build import write_report
 from tasks.checkpoints.run_folder import RunFolder
+from tasks.evaluation.held_out import Evaluation, read_evaluation, suite_of
 from tasks.merging.schedule import scheduled_rule
 
 
@@ -47,7 +47,6 @@ def compare(run: RunFolder, config: Config, fork: int) -> dict[str, Any]:
     annealed_snapshot = branch.snapshots()[-1]
     raw = evaluation_of(run, config, raw_snapshot.manifest.digest)
     annealed = evaluation_of(branch, branch.identity().config, annealed_snapshot.manifest.digest)
-    forecast = forecast_at(run, config, raw_snapshot.step)
     name = scheduled_rule(config).name_at(raw_snapshot.manifest)
     merged_manifest = run.merged().get(name)
     merged = evaluation_of(run, config, merged_manifest.digest) if merged_manifest else None
@@ -56,7 +55,8 @@ def compare(run: RunFolder, config: Config, fork: int) -> dict[str, Any]:
         "raw_loss": raw.loss if raw else None,
         "merged_loss": merged.loss if merged else None,
         "annealed_loss": annealed.loss if annealed else None,
-        "forecast_loss": forecast.loss if forecast else None,
+        # What was known of annealing before it was done: no anneal to calibrate with, so the merge as it is.
+        "forecast_loss": merged.loss if merged else None,
         "raw_slices": list(raw.slices) if raw else None,
         "merged_slices": list(merged.slices) if merged else None,
         "annealed_slices": list(annealed.slices) if annealed else None,
@@ -65,3 +65,8 @@ def compare(run: RunFolder, config: Config, fork: int) -> dict[str, Any]:
         "merged": f"{run.url}/merged/{name}" if merged_manifest else None,
         "annealed_snapshot": annealed_snapshot.url,
     }
+
+
+def evaluation_of(run: RunFolder, config: Config, digest: str) -> Evaluation | None:
+    """Held-out loss of the weights ``digest``, if it was measured."""
+    return read_evaluation(run.store, digest, suite_of(config))
