@@ -29,3 +29,41 @@ def render_forecast(result: dict[str, Any]) -> str:
         said = result["predictors"].get(name)
         lines.append(f"  {label:<42}{'-' if said is None else format(said, '.4f'):>8}   {off}")
     return "\n".join([*lines, *(f"not known: {reason}" for reason in result["cannot_know"])])
+
+
+def render_ablation(result: dict[str, Any]) -> str:
+    """A grid of merges: what to choose first, then N by V for each method, then what could not be made."""
+    lines = []
+    for end in result["ends"]:
+        chosen = end["recommended"]
+        raw = f", raw {end['raw_loss']:.4f}" if end["raw_loss"] is not None else ""
+        lines.append(
+            f"step {end['step']:,}{raw}: take {chosen['method'].upper()}, N {chosen['count']}, V "
+            f"{chosen['interval_tokens']:,} tokens ({end['chosen']}); lowest loss: {end['best']}; "
+            f"{len(end['not_told_apart'])} of the grid are not told apart from it"
+        )
+        cells = [cell for cell in result["cells"] if cell["end_step"] == end["step"]]
+        for label in dict.fromkeys(_label(cell) for cell in cells):
+            lines += _render_table(label, [cell for cell in cells if _label(cell) == label])
+    lines += [f"not made: {row['name']}: {row['reason']}" for row in result["lacking"][:5]]
+    lines += [f"... and {len(result['lacking']) - 5} more not made"] if len(result["lacking"]) > 5 else []
+    return "\n".join([*lines, f"{len(result['cells'])} merges in {result['seconds']:.0f} s: {result['record']}"])
+
+
+def _label(cell: dict[str, Any]) -> str:
+    return f"EMA {cell['alpha']:g}" if cell["method"] == "ema" else str(cell["method"]).upper()
+
+
+def _render_table(label: str, cells: list[dict[str, Any]]) -> list[str]:
+    losses = {(cell["count"], cell["interval_tokens"]): cell["loss"] for cell in cells}
+    intervals = sorted({interval for _, interval in losses})
+    head = f"  {label:<9}" + "".join(f"V {interval:>12,}" for interval in intervals)
+    rows = [
+        f"  N {count:<7}"
+        + "".join(
+            f"{losses[count, interval]:>14.4f}" if (count, interval) in losses else f"{'-':>14}"
+            for interval in intervals
+        )
+        for count in sorted({count for count, _ in losses})
+    ]
+    return [head, *rows]

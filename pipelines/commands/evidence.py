@@ -1,4 +1,4 @@
-"""Commands about what a run's weights are worth: forecast."""
+"""Commands about what a run's weights are worth: ablate, forecast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 from pipelines.commands.options import common
 from pipelines.console import run_command
-from pipelines.render_evidence import render_forecast
+from pipelines.render_evidence import render_ablation, render_forecast
 
 
 @click.command()
@@ -27,3 +27,20 @@ def forecast(run_url: str, at: int | None, tokens: int | None, as_json: bool, de
         return story(run_url, at=at, tokens=tokens)
 
     return run_command(work, render_forecast, as_json=as_json, debug=debug)
+
+
+@click.command()
+@click.option("--run", "run_url", required=True, metavar="URL", help="Run whose snapshots are merged.")
+@click.option("--keep", is_flag=True, help="Keep the merged weights; otherwise their losses alone stay.")
+@click.option("--workers", default="local", show_default=True, help="ray, local (threads), or K local processes.")
+@click.argument("settings", nargs=-1, metavar="[KEY=[...]]...")
+@common
+def ablate(run_url: str, keep: bool, workers: str, settings: tuple[str, ...], as_json: bool, debug: bool) -> int:
+    """Merges over methods=[..] counts=[..] intervals=[..] alphas=[..] ends=[..], evaluated: which N and V to take."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.ablate import ablate as story
+
+        return story(run_url, settings, keep=keep, workers=workers, tell=lambda line: click.echo(line, err=True))
+
+    return run_command(work, render_ablation, as_json=as_json, debug=debug)
