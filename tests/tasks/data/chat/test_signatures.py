@@ -14,7 +14,7 @@ from tasks.data.chat.messages import parse_row
 from tasks.data.chat.signatures import signature_rows
 from tasks.data.corpus import is_held_out
 from tasks.data.package_files import stdlib_files
-from tests.plain_gang import ROOT
+from tests.gloo_ranks import ROOT
 
 
 @pytest.fixture(scope="module")
