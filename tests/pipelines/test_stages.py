@@ -31,8 +31,6 @@ from tasks.checkpoints.reader import open_checkpoint
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.checkpoints.start_point import StartPoint, WeightsReplaced
 from tasks.checkpoints.tied import open_untied
-from tasks.data.batches import rank_batch
-from tasks.data.corpus import read_corpus
 from tasks.evaluation.held_out import read_evaluation, suite_of
 from tasks.merging.merge import execute_merge
 from tasks.merging.methods import MethodChoice
@@ -64,15 +62,7 @@ def oracle_loss(config: Config, weights: str, step: int) -> float:
     network = build_model(config.model, config.training.sequence_length).eval()
     load_weights(network, open_checkpoint(weights))
     tokens_BS1 = torch.from_numpy(
-        rank_batch(
-            read_corpus(config.data, "train").tokens,
-            seed=config.seed,
-            step=step,
-            batch_sequences=config.training.batch_sequences,
-            sequence_length=config.training.sequence_length,
-            rank=0,
-            world_size=1,
-        )
+        rank_batch(read_corpus(config.data, "train"), config, step=step, rank=0, world_size=1)
     )
     with torch.inference_mode():
         logits_BSV = network(input_ids=tokens_BS1[:, :-1], use_cache=False).logits
