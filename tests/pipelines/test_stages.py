@@ -39,6 +39,7 @@ from tasks.merging.policy import MergePolicy
 from tasks.models.build import build_model
 from tasks.models.weights import load_weights
 from tasks.training.schedule import step_learning_rate
+from tests.plain_text import rank_batch, read_corpus
 
 # The gang sums losses over sequences in another order.
 TOLERANCE = 1e-5
