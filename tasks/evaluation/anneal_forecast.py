@@ -96,6 +96,9 @@ def predict(anneal: Anneal, trunk: LossCurve, others: Sequence[Anneal]) -> Predi
     else:
         losses["merged_with_offset"] = losses["merged"] + statistics.fmean(offsets)
     try:
+        if not others:
+            # A recovery's re-warm-up is a fall of the learning rate, too, and says nothing of annealing.
+            raise LawUnknown("no real anneal to learn from what a falling learning rate gives")
         law = fit_law([_until(trunk, anneal.end_step), *(other.curve for other in others)])
         losses["law"] = law.loss_at(anneal.curve.learning_rates, anneal.curve.warmup_steps, anneal.end_step)
     except LawUnknown as error:

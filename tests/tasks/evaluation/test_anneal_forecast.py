@@ -86,8 +86,15 @@ def test_without_a_real_anneal_it_says_what_it_cannot_know() -> None:
     said = predict(thought, TRUNK, [])
     assert said.losses == {"raw": 1.2, "merged": 1.15}
     assert "no real anneal" in said.unknown["merged_with_offset"]
-    assert "never fell" in said.unknown["law"]
+    assert "no real anneal" in said.unknown["law"]
     assert set(said.unknown) == {"merged_with_offset", "law", "combined"}
+
+
+def test_dip_of_a_rewarm_is_no_anneal_to_learn_from() -> None:
+    learning_rates = TRUNK.learning_rates.copy()
+    learning_rates[1000:1050] = np.linspace(0, PEAK, 50)
+    dipped = LossCurve(learning_rates=learning_rates, warmup_steps=WARMUP, steps=TRUNK.steps, losses=TRUNK.losses)
+    assert "law" not in predict(REAL[-1], dipped, []).losses
 
 
 def test_missing_merge_is_named_by_its_step() -> None:
