@@ -57,7 +57,7 @@ def _label(cell: dict[str, Any]) -> str:
 def _render_table(label: str, cells: list[dict[str, Any]]) -> list[str]:
     losses = {(cell["count"], cell["interval_tokens"]): cell["loss"] for cell in cells}
     intervals = sorted({interval for _, interval in losses})
-    head = f"  {label:<9}" + "".join(f"V {interval:>12,}" for interval in intervals)
+    head = f"  {label:<9}" + "".join(f"{f'V {interval:,}':>14}" for interval in intervals)
     rows = [
         f"  N {count:<7}"
         + "".join(
