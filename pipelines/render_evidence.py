@@ -40,7 +40,7 @@ def render_ablation(result: dict[str, Any]) -> str:
         lines.append(
             f"step {end['step']:,}{raw}: take {chosen['method'].upper()}, N {chosen['count']}, V "
             f"{chosen['interval_tokens']:,} tokens ({end['chosen']}); lowest loss: {end['best']}; "
-            f"{len(end['not_told_apart'])} of the grid are not told apart from it"
+            f"{len(end['not_told_apart']) - 1} others are not told apart from it"
         )
         cells = [cell for cell in result["cells"] if cell["end_step"] == end["step"]]
         for label in dict.fromkeys(_label(cell) for cell in cells):
