@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import load_config
 from tasks.data.chat.messages import parse_row
+from tasks.data.chat.rows import read_chat_rows
 from tasks.data.chat.signatures import signature_rows
 from tasks.data.corpus import is_held_out
 from tasks.data.package_files import stdlib_files
@@ -41,7 +43,7 @@ def test_completions_are_def_lines_of_the_places_that_rows_name(rows: list[tuple
         path, _, line = place.rpartition(", line ")
         assert Path(path).as_posix().endswith(row["file"])
         name = row["completion"].removeprefix("async ").removeprefix("def ").partition("(")[0]
-        assert f"def {name}(" in Path(path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert f"def {name}" in Path(path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
     for _, row in rows:
         ast.parse(f"{row['completion']} pass")
         assert "\n" not in row["completion"]
@@ -64,8 +66,11 @@ def test_builder_writes_the_same_rows_in_another_process(rows: list[tuple[str, d
     assert [json.loads(line) for line in done.stdout.splitlines()] == [row for _, row in rows]
 
 
-def test_rows_held_out_by_file_are_of_files_that_pre_training_holds_out(rows: list[tuple[str, dict[str, str]]]) -> None:
-    held_out = {file for file, _ in stdlib_files() if is_held_out(file, 0.08)}
-    of_rows = {row["file"] for _, row in rows}
-    assert len(held_out & of_rows) > 10
-    assert of_rows <= {file for file, _ in stdlib_files()}
+def test_rows_that_sft_tiny_holds_out_are_of_files_that_tiny_holds_out(rows: list[tuple[str, dict[str, str]]]) -> None:
+    tiny, chat = load_config("tiny").config, load_config("sft-tiny").config
+    assert chat.model == tiny.model
+    found = read_chat_rows(chat.data.sources, chat, "held_out", key="data.sources")
+    texts = [bytes(found.tokens[a:b]).decode() for a, b in zip(found.starts[:-1], found.starts[1:], strict=True)]
+    unseen = {row["module"] for _, row in rows if is_held_out(row["file"], tiny.data.held_out_fraction)}
+    assert {text.split("\n")[1] for text in texts} <= unseen
+    assert len(texts) > 300
