@@ -109,36 +109,42 @@ def train_bare(config: Config, rank: int, steps: int) -> float:
     import numpy as np
     import torch
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from tasks.data.domains import open_domains
     from tasks.models.build import build_model
+    from tasks.training.sharding.sharded_model import select_device
 
-    training = config.training
+    training, world_size, device = config.training, dist.get_world_size(), select_device(config)
     row = open_domains(config.data, "train")[0].row
-    network = build_model(config.model, training.sequence_length, seed=config.seed)
+    network = build_model(config.model, training.sequence_length, seed=config.seed).to(device)
+    is_half = training.compute_dtype == "bfloat16"
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if is_half else MixedPrecisionPolicy()
     if training.fsdp_unit == "layer":
         for layer in network.model.layers:
-            fully_shard(layer)
-    fully_shard(network)
+            fully_shard(layer, mp_policy=policy)
+    fully_shard(network, mp_policy=policy)
     # transformers' own load-balance loss, as a plain loop has it.
     network.config.output_router_logits = config.model.is_moe
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.schedule.peak_learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.schedule.peak_learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda"
+    )
     draws = np.random.default_rng(rank)
-    share = training.batch_sequences // WORLD_SIZE
+    share = training.batch_sequences // world_size
     dist.barrier()
     started = time.perf_counter()
     for _ in range(steps):
         starts = draws.integers(row.num_tokens - training.sequence_length - 1, size=share)
-        tokens_BS = torch.from_numpy(row.read_windows(starts, training.sequence_length + 1))
+        tokens_BS = torch.from_numpy(row.read_windows(starts, training.sequence_length + 1)).to(device)
         outputs = network(input_ids=tokens_BS[:, :-1], labels=None, use_cache=False)
-        loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), tokens_BS[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(outputs.logits.float().flatten(0, 1), tokens_BS[:, 1:].flatten())
         auxiliary = getattr(outputs, "aux_loss", None)
         torch.autograd.backward(loss if auxiliary is None else loss + config.model.router_loss_coefficient * auxiliary)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        mean = loss.detach() / WORLD_SIZE
+        mean = loss.detach() / world_size
         dist.all_reduce(mean)
         float(mean)
     dist.barrier()
@@ -166,7 +172,7 @@ def train_under_pma(config: Config, rank: int, folder: Path) -> tuple[float, lis
         task = SegmentTask(
             run_url=run.url, config=config_to_dict(config), lease_token=tokens[0], cause="start", launched=time.time()
         )
-        roll_call = open_roll_call(rank, WORLD_SIZE)
+        roll_call = open_roll_call(rank, dist.get_world_size())
         worker = Worker(task, roll_call)
         segment = Segment(worker, worker.restore())
         dist.barrier()
