@@ -17,9 +17,9 @@ from cluster.lease import Lease
 from cluster.storage import open_store
 from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 POLL_SECONDS = 0.003
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 420
 
 
 def uncommitted(run: Path, folder: str) -> bool:

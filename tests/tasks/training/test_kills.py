@@ -18,7 +18,7 @@ from tasks.merging.verify import verify_checkpoint
 from tests.plain_gang import end_members, start_members, train_plainly, watch_members
 from tests.token_data import write_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 NUM_KILLS = 32
 """Eight more, of drivers and controllers on Ray, are in tests/pipelines/test_random_kills.py."""
 LONGEST_SECONDS = 0.8
