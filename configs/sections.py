@@ -44,6 +44,8 @@ class EvaluationConfig:
     """Tokens of one held-out slice."""
     num_slices: int = 3
     """Disjoint slices; their spread is the noise that a gain is held against."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What weights and arithmetic are in; losses are summed in float64 either way."""
     batch_sequences: int = execution(32)
     """Sequences of one forward pass."""
     while_training: bool = execution(True)

@@ -1,4 +1,4 @@
-"""Held-out loss of checkpoints: fixed slices, float32, one network for many checkpoints.
+"""Held-out loss of checkpoints: fixed slices, fixed batches, float32 unless asked otherwise.
 
 A result is a record under the run URL, named by the content digest of the weights and a fingerprint
 of the suite, so that nothing is evaluated twice.
@@ -11,8 +11,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store, open_store
@@ -20,8 +20,9 @@ from configs.data import DataConfig
 from configs.json_numbers import finite_or_none
 from configs.load import config_from_dict
 from configs.schema import Config
+from configs.sections import EvaluationConfig
 from tasks.checkpoints.digest import fingerprint
-from tasks.checkpoints.start_point import StartPoint, require_digest
+from tasks.checkpoints.start_point import StartPoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tasks.data.batch import Batch
+    from tasks.data.vocabulary import Vocabulary
 
 FOLDER = "evaluations"
 _SUITE_KEYS = (
@@ -56,11 +58,25 @@ class Evaluation:
     """Tokens predicted."""
     created: float = 0.0
     """Unix seconds."""
+    domain_bits_per_byte: dict[str, float | None] = field(default_factory=dict)
+    """``bits_per_byte`` of each of ``domains``; empty in records of before it was measured."""
 
     @property
     def spread(self) -> float:
         """Largest minus smallest slice."""
         return max(self.slices) - min(self.slices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of one checkpoint."""
+
+    url: str
+    """The checkpoint."""
+    evaluation: Evaluation | None
+    """What was measured and written; None if it could not be."""
+    error: Exception | None = None
+    """Why not: a :class:`CheckpointError`, a ``UserError`` or a ``StorageError``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +94,7 @@ class EvaluationTask:
 
 
 def suite_of(config: Config) -> str:
-    """Fingerprint of data, split, sequence length and slices: results are comparable if it is equal."""
+    """Fingerprint of data, split, sequence length, slices and dtype: results are comparable if it is equal."""
     values = {
         "sources": list(config.data.sources),
         "held_out_fraction": config.data.held_out_fraction,
@@ -91,83 +107,143 @@ def suite_of(config: Config) -> str:
     values |= {
         key: getattr(config.data, key) for key in _SUITE_KEYS if getattr(config.data, key) != getattr(usual, key)
     }
+    if config.evaluation.dtype != EvaluationConfig().dtype:
+        values["dtype"] = config.evaluation.dtype
     if config.data.mixture:
         values["mixture"] = [dataclasses.asdict(domain) for domain in config.data.mixture]
     return fingerprint(values)[:16]
 
 
 def evaluate_checkpoints(task: EvaluationTask) -> list[Evaluation]:
-    """Evaluate every checkpoint of ``task`` and write its record; runs in a worker with one thread."""
+    """:func:`try_checkpoints` where each is expected to be sound: the first failure is raised once the others are on record."""
+    outcomes = try_checkpoints(task)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [outcome.evaluation for outcome in outcomes if outcome.evaluation is not None]
+
+
+def try_checkpoints(task: EvaluationTask) -> list[Outcome]:
+    """Evaluate every checkpoint of ``task`` and write its record; runs in a worker with one thread for arithmetic.
+
+    One that fails does not stop the others.
+    """
     import torch
 
     torch.set_num_threads(1)
-    suite = HeldOutSuite(task.run_url, config_from_dict(task.config))
-    return [suite.evaluate(url, task.start) for url in task.urls]
+    return list(HeldOutSuite(task.run_url, config_from_dict(task.config)).evaluate_each(task.urls, task.start))
 
 
 class HeldOutSuite:
-    """Held-out sequences and an empty network, kept for many checkpoints of one run."""
+    """Held-out sequences and an empty network or two, kept for many checkpoints of one run."""
 
     def __init__(self, run_url: str, config: Config) -> None:
         from tasks.data.held_out import held_out_batches
         from tasks.data.stream import open_stream
         from tasks.data.tokenizer_files import run_vocabulary
-        from tasks.models.build import build_model
 
         self._store, self._config = open_store(run_url), config
         stream = open_stream(config, "held_out")
         try:
-            self._slices = held_out_batches(stream, config)
+            self.slices = held_out_batches(stream, config)
         finally:
             stream.close()
-        targets = [batch.targets_BS for batches in self._slices for batch in batches.values()]
-        self._tokens = sum(int((target_BS >= 0).sum()) for target_BS in targets)
         vocabulary = run_vocabulary(config.data)
-        self._bytes = None
-        if vocabulary is not None:
-            self._bytes = sum(vocabulary.count_bytes(row[row >= 0]) for target_BS in targets for row in target_BS)
-        self._network = build_model(config.model, config.training.sequence_length).eval()
+        self._sizes = {name: _size_of([found[name] for found in self.slices], vocabulary) for name in self.slices[0]}
+        self._networks: list[torch.nn.Module] = []
 
-    def evaluate(self, url: str, start: StartPoint | None = None) -> Evaluation:
-        """Measure the checkpoint at ``url`` and write its record.
+    def evaluate(self, url: str) -> Evaluation:
+        """Measure the checkpoint at ``url`` and write its record; raises what is wrong with it."""
+        (outcome,) = self.evaluate_each([url])
+        if outcome.error is not None:
+            raise outcome.error
+        assert outcome.evaluation is not None
+        return outcome.evaluation
 
-        Raises :class:`tasks.checkpoints.start_point.WeightsReplaced` where ``start`` is there and holds other weights by now.
+    def evaluate_each(self, urls: Sequence[str], start: StartPoint | None = None) -> Iterator[Outcome]:
+        """Measure ``urls`` in order and write their records; one that fails is told and the others go on.
+
+        Where ``start`` is there and one of ``urls`` is its, other weights there fail as
+        :class:`tasks.checkpoints.start_point.WeightsReplaced`.
+
+        While one is computed, the next is read (:func:`tasks.evaluation.load_ahead.load_ahead`): two copies of the weights are
+        held, one if there is a single checkpoint.
         """
-        from tasks.checkpoints.content import digest_of_weights
-        from tasks.checkpoints.reader import open_checkpoint
-        from tasks.checkpoints.tied import without_tied
-        from tasks.models.weights import load_weights
+        from tasks.evaluation.load_ahead import FAILURES, load_ahead
 
-        checkpoint = open_checkpoint(url)
-        digest = digest_of_weights(checkpoint)
-        if start is not None and url == start.url:
-            require_digest(start, digest)
-        load_weights(self._network, without_tied(checkpoint))
+        while len(self._networks) < min(2, len(urls)):
+            self._networks.append(build_network(self._config))
+        for loaded in load_ahead(self._networks, urls, start):
+            if loaded.error is not None:
+                yield Outcome(url=loaded.url, evaluation=None, error=loaded.error)
+                continue
+            evaluation = self._record(loaded.digest, self.measure(loaded.network))
+            try:
+                write_evaluation(self._store, evaluation)
+            except FAILURES as error:
+                yield Outcome(url=loaded.url, evaluation=None, error=error)
+            else:
+                yield Outcome(url=loaded.url, evaluation=evaluation)
+
+    def measure(self, network: torch.nn.Module) -> list[dict[str, tuple[float, int]]]:
+        """For each slice, loss in nats summed over targets and their number, by domain."""
         size = self._config.evaluation.batch_sequences
-        sums = [
-            {name: sum_losses(self._network, batch, size) for name, batch in batches.items()}
-            for batches in self._slices
-        ]
-        evaluation = self._record(digest, sums)
-        write_evaluation(self._store, evaluation)
-        return evaluation
+        return [{name: sum_losses(network, batch, size) for name, batch in batches.items()} for batches in self.slices]
 
-    def _record(self, digest: str, sums: Sequence[dict[str, tuple[float, int]]]) -> Evaluation:
+    def _record(self, digest: str, sums: Sequence[Mapping[str, tuple[float, int]]]) -> Evaluation:
         slices = [
             sum(total for total, _ in found.values()) / sum(count for _, count in found.values()) for found in sums
         ]
-        loss = statistics.fmean(slices)
-        bits = None if not self._bytes else loss / math.log(2) * (self._tokens / self._bytes)
+        domains = {name: statistics.fmean(found[name][0] / found[name][1] for found in sums) for name in sums[0]}
+        loss, sizes = statistics.fmean(slices), self._sizes
         return Evaluation(
             digest=digest,
             suite=suite_of(self._config),
             loss=loss,
             slices=tuple(slices),
-            domains={name: statistics.fmean(found[name][0] / found[name][1] for found in sums) for name in sums[0]},
-            bits_per_byte=bits,
-            tokens=self._tokens,
+            domains=domains,
+            bits_per_byte=_bits_per_byte(loss, list(sizes.values())),
+            tokens=sum(size.tokens for size in sizes.values()),
             created=time.time(),
+            domain_bits_per_byte={name: _bits_per_byte(domains[name], [sizes[name]]) for name in domains},
         )
+
+
+def build_network(config: Config) -> torch.nn.Module:
+    """The network of ``config`` for forward passes alone, its weights still to be loaded, in ``evaluation.dtype``.
+
+    For bfloat16 the parameters are, as in training; buffers (router biases, rotary frequencies) keep their float32.
+    """
+    import torch
+
+    from tasks.models.build import build_model
+
+    network: torch.nn.Module = build_model(config.model, config.training.sequence_length).eval().requires_grad_(False)
+    if config.evaluation.dtype == "bfloat16":
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return network
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    """How much a domain is, over all slices."""
+
+    tokens: int
+    bytes: int | None
+    """Of text; None if nobody knows the tokenizer."""
+
+
+def _size_of(batches: Sequence[Batch], vocabulary: Vocabulary | None) -> _Size:
+    rows = [row[row >= 0] for batch in batches for row in batch.targets_BS]
+    text_bytes = None if vocabulary is None else sum(vocabulary.count_bytes(row) for row in rows)
+    return _Size(tokens=sum(len(row) for row in rows), bytes=text_bytes)
+
+
+def _bits_per_byte(loss: float, sizes: Sequence[_Size]) -> float | None:
+    """``loss`` in nats per token as bits per byte of the text that ``sizes`` are of."""
+    tokens, text_bytes = sum(size.tokens for size in sizes), sum(size.bytes or 0 for size in sizes)
+    return loss / math.log(2) * (tokens / text_bytes) if text_bytes else None
 
 
 def slice_loss(network: torch.nn.Module, tokens: NDArray[np.int64], batch_sequences: int) -> float:
@@ -231,8 +307,8 @@ def read_evaluation(store: Store, digest: str, suite: str) -> Evaluation | None:
 
 
 def read_loss(data: bytes) -> float | None:
-    """The loss of the record ``data`` in nats per token, None if it is not finite."""
-    loss = _number(json.loads(data)["loss"])
+    """The loss of the record ``data`` in nats per token, None if it is not finite or of tasks, which have none."""
+    loss = _number(json.loads(data).get("loss"))
     return loss if math.isfinite(loss) else None
 
 

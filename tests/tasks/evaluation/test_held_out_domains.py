@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from tasks.checkpoints.reader import open_checkpoint
 from tasks.data.held_out import held_out_batches
 from tasks.data.stream import open_stream
 from tasks.data.tokenizer_files import run_vocabulary
-from tasks.evaluation.held_out import HeldOutSuite, read_evaluation, suite_of
+from tasks.evaluation.held_out import HeldOutSuite, build_network, evaluation_key, read_evaluation, suite_of
 from tasks.models.build import build_model
 from tasks.models.weights import load_weights
 from tests.bpe_tokenizer import train_bpe
@@ -205,3 +207,48 @@ def test_suite_tells_apart_what_is_measured() -> None:
     suites.add(suite_of(load_config("tiny", ("data.sources=[x]",)).config))
     assert len(suites) == len(overrides) + len(rows) + 2
     assert "00a4d5a985086db2" not in suites
+
+
+def test_bits_per_byte_of_each_domain_is_its_loss_over_its_own_bytes(
+    root: Path, save_folder: Callable[..., str], tmp_path: Path
+) -> None:
+    train_bpe(tmp_path / "tokenizer.json")
+    tokenizer = f"data.tokenizer={tmp_path}/tokenizer.json"
+    rows = f"{{name: web, sources: [{root / 'web'}], weight: 3}},{{name: code, sources: [{root / 'code'}], weight: 1}}"
+    config = config_of(f"data.mixture=[{rows}]", tokenizer, "model.hidden_size=32", vocab_size=300)
+    found = HeldOutSuite(str(tmp_path / "run"), config).evaluate(save_network(config, save_folder))
+    vocabulary = run_vocabulary(config.data)
+    assert vocabulary is not None
+    slices = held_out_batches(open_stream(config, "held_out"), config)
+    for name, loss in found.domains.items():
+        targets = [row for each in slices for row in each[name].targets_BS]
+        tokens, text_bytes = sum(map(len, targets)), sum(vocabulary.count_bytes(row) for row in targets)
+        expected = loss * tokens / math.log(2) / text_bytes
+        assert found.domain_bits_per_byte[name] == pytest.approx(expected, rel=1e-12)
+    assert found.domain_bits_per_byte["web"] != pytest.approx(found.domain_bits_per_byte["code"], rel=1e-3)
+
+
+def test_record_of_before_domains_had_bits_per_byte_is_read(
+    root: Path, save_folder: Callable[..., str], tmp_path: Path
+) -> None:
+    config, store = mixed(root), open_store(str(tmp_path / "run"))
+    found = HeldOutSuite(store.url, config).evaluate(save_network(config, save_folder))
+    key = evaluation_key(found.digest, found.suite)
+    values = json.loads(store.read(key))
+    del values["domain_bits_per_byte"]
+    store.put(key, json.dumps(values).encode())
+    assert read_evaluation(store, found.digest, found.suite) == replace(found, domain_bits_per_byte={})
+
+
+def test_bfloat16_is_another_suite_near_float32(root: Path, save_folder: Callable[..., str], tmp_path: Path) -> None:
+    config = mixed(root)
+    half = mixed(root, "evaluation.dtype=bfloat16")
+    assert suite_of(mixed(root, "evaluation.dtype=float32")) == suite_of(config) != suite_of(half)
+    url = save_network(config, save_folder)
+    exact = HeldOutSuite(str(tmp_path / "run"), config).evaluate(url)
+    network = build_network(half)
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+    assert torch.bfloat16 not in {b.dtype for b in network.buffers()}
+    rounded = HeldOutSuite(str(tmp_path / "run"), half).evaluate(url)
+    # Weights of random networks are small and logits near 0, so that 8 bits of mantissa move the loss in its third digit at most.
+    assert 0 < abs(rounded.loss - exact.loss) < 0.01
