@@ -87,8 +87,25 @@ def render_export(result: dict[str, Any]) -> str:
 
 
 def render_evaluation(result: dict[str, Any]) -> str:
-    """Held-out losses for people."""
-    return "\n".join(f"{format_loss(row['loss'])}  {row['url']}" for row in result["results"])
+    """Held-out losses and scores of tasks for people."""
+    lines = []
+    for row in result["results"]:
+        lines.append(f"{'not measured' if 'digest' not in row else format_loss(row['loss'])}  {row['url']}")
+        for task, scores in row.get("tasks", {}).items():
+            values = [f"{name} {format_loss(scores[name])}" + _error_of(scores, name) for name in _metrics(scores)]
+            lines.append(f"        {task}: {', '.join(values)}")
+        lines += [f"        FAILED: {row['error']}"] if "error" in row else []
+    return "\n".join(lines) or "nothing lacks a record"
+
+
+def _metrics(scores: dict[str, Any]) -> list[str]:
+    return [name for name in scores if "_stderr" not in name]
+
+
+def _error_of(scores: dict[str, Any], name: str) -> str:
+    metric, _, filtered = name.partition(",")
+    error = scores.get(f"{metric}_stderr,{filtered}" if filtered else f"{metric}_stderr")
+    return "" if error is None else f" ± {error:.4f}"
 
 
 def render_verification(result: dict[str, Any]) -> str:

@@ -123,15 +123,32 @@ def verify(url: str, load: bool, as_json: bool, debug: bool) -> int:
 
 
 @click.command()
-@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@click.argument("urls", nargs=-1, metavar="[URL]...")
 @click.option("--run", "run_url", metavar="URL", help="Run whose held-out text is used; default the run they lie in.")
+@click.option("--missing", is_flag=True, help="All of --run (snapshots, merges, branches) that has no record yet.")
+@click.option("--workers", default="local", show_default=True, help="ray, local (this process), or K local processes.")
+@click.option(
+    "--tasks", "asked", metavar="T,...", help="Also tasks of lm-evaluation-harness: names, .yaml files, folders."
+)
+@click.option("--lm-eval-python", metavar="PATH", help="Python that has the harness; default this one.")
 @common
-def evaluate(urls: tuple[str, ...], run_url: str | None, as_json: bool, debug: bool) -> int:
-    """Held-out loss of checkpoints."""
+def evaluate(
+    urls: tuple[str, ...],
+    run_url: str | None,
+    missing: bool,
+    workers: str,
+    asked: str | None,
+    lm_eval_python: str | None,
+    as_json: bool,
+    debug: bool,
+) -> int:
+    """Held-out loss of checkpoints, and tasks."""
 
     def work() -> dict[str, Any]:
         from pipelines.evaluate import evaluate as story
+        from pipelines.evaluate_tasks import open_harness
 
-        return story(urls, run_url)
+        harness = None if asked is None else open_harness(asked, lm_eval_python)
+        return story(urls, run_url, missing=missing, workers=workers, harness=harness)
 
     return run_command(work, render_evaluation, as_json=as_json, debug=debug)
