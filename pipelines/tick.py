@@ -21,7 +21,7 @@ from pipelines.scheduled import Round, make_merges
 from tasks.checkpoints.catalog import Glance, Look
 from tasks.checkpoints.dooms import merges_made, without_gone
 from tasks.checkpoints.run_folder import RunFolder
-from tasks.evaluation.held_out import EvaluationTask, evaluate_checkpoints, evaluation_key, suite_of
+from tasks.evaluation.held_out import EvaluationTask, Outcome, evaluation_key, suite_of, try_checkpoints
 from tasks.merging.schedule import DueMerge, describe_schedule, due_merges, is_evaluated, schedule_of
 
 ADOPT_LEASE = "adopt"
@@ -33,8 +33,8 @@ def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local
     """Adopt what another trainer has completed, make the merges that are due, evaluate those; then end.
 
     What is due follows from committed manifests alone: after downtime all of it is caught up, and ticks that run at once
-    share the work, each merge being made by one of them. A merge whose inputs are damaged is named under ``failed`` and keeps
-    no other from being made. Raises :class:`cluster.errors.LeaseHeld` if all that is due is being made by others. Returns
+    share the work, each merge being made by one of them. A merge whose inputs are damaged, or that cannot be evaluated, is named
+    under ``failed`` and keeps no other back. Raises :class:`cluster.errors.LeaseHeld` if all that is due is being made by others. Returns
     the fields of ``pma tick --json``.
     """
     started = time.perf_counter()
@@ -54,15 +54,18 @@ def tick(run_url: str, *, overrides: tuple[str, ...] = (), workers: str = "local
     if outcome.held and not outcome.merged and not outcome.failed and not growth.adopted:
         raise LeaseHeld("; ".join(outcome.held.values()))
     reasons = [*outcome.skipped.values(), *outcome.held.values()]
+    evaluations = _evaluate(run, config, look, workers)
+    unsound = {item.url: item.error for item in evaluations if item.error is not None}
+    failed = outcome.failed | {url.rpartition("/")[2]: error for url, error in unsound.items()}
     return {
         "run": run.url,
-        "ok": not outcome.failed,
+        "ok": not failed,
         "merged": outcome.merged,
         "skipped": "; ".join(reasons) or (None if due else describe_schedule(look.snapshots(), rows)),
-        "failed": [{"name": name, "reason": str(error)} for name, error in outcome.failed.items()],
+        "failed": [{"name": name, "reason": str(error)} for name, error in failed.items()],
         "adopted": growth.adopted,
         "waiting": [{"url": url, "reason": reason} for url, reason in growth.waiting.items()],
-        "evaluated": _evaluate(run, config, look, workers),
+        "evaluated": [item.url for item in evaluations if item.error is None],
         "seconds": round(time.perf_counter() - started, 3),
     }
 
@@ -139,8 +142,8 @@ def _adopt(run: RunFolder, look: Look) -> Growth:
         return Growth(waiting={run.url: str(held)})
 
 
-def _evaluate(run: RunFolder, config: Config, look: Look, workers: str) -> list[str]:
-    """Evaluate the merges that lack it, where a row of the schedule asks for it; URLs of what was evaluated."""
+def _evaluate(run: RunFolder, config: Config, look: Look, workers: str) -> list[Outcome]:
+    """Evaluate the merges that lack it, where a row of the schedule asks for it."""
     if not _unevaluated_merges(run, config, look):
         return []
     try:
@@ -148,12 +151,10 @@ def _evaluate(run: RunFolder, config: Config, look: Look, workers: str) -> list[
             # Again, now that nobody else evaluates: the one before may have, and retention may have taken some away.
             urls = _unevaluated_merges(run, config, run.look())
             task = EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(urls))
-            if urls:
-                _run_alone(evaluate_checkpoints, task, workers, config.cluster.merge_nodes)
+            return _run_alone(task, workers, config.cluster.merge_nodes) if urls else []
     except LeaseHeld as held:
         logger.info("evaluations are left to another driver: %s", held)
         return []
-    return urls
 
 
 def _unevaluated_merges(run: RunFolder, config: Config, look: Look) -> list[str]:
@@ -167,10 +168,11 @@ def _unevaluated_merges(run: RunFolder, config: Config, look: Look) -> list[str]
     return [glance.url for _, glance in wanted if evaluation_key(glance.digest, suite) not in done]
 
 
-def _run_alone(function: Callable[[Any], Any], task: Any, workers: str, nodes: str | None) -> None:
-    """Run one task in a process or a Ray worker, whose memory goes back when it ends."""
+def _run_alone(task: EvaluationTask, workers: str, nodes: str | None) -> list[Outcome]:
+    """Evaluate in a process or a Ray worker, whose memory goes back when it ends."""
     if workers == "ray":
         with ray_session(None, 1):
-            list(fan_out_ray(function, [task], num_in_flight=1, nodes=nodes))
+            (outcomes,) = fan_out_ray(try_checkpoints, [task], num_in_flight=1, nodes=nodes)
     else:
-        list(fan_out_processes(function, [task], num_workers=1))
+        (outcomes,) = fan_out_processes(try_checkpoints, [task], num_workers=1)
+    return outcomes
