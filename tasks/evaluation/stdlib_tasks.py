@@ -80,9 +80,9 @@ def bracket_rows(files: Sequence[tuple[str, str]]) -> Iterator[Row]:
             if text in CLOSING and 1 < at - start <= len(before):
                 place = f"{name}:{line}"
                 found[text].append(Row(text=before, choices=CLOSING, answer=CLOSING.index(text), place=place))
-    per_choice = min(ROWS // len(CLOSING), *(len(rows) for rows in found.values()))
-    for rows in found.values():
-        yield from _draw(rows, per_choice)
+    drawn = [_draw(rows, ROWS // len(CLOSING)) for rows in found.values()]
+    for rows in drawn:
+        yield from rows[: min(map(len, drawn))]
 
 
 def typo_rows(files: Sequence[tuple[str, str]]) -> Iterator[Row]:
@@ -160,7 +160,8 @@ def _either(text: str, right: str, wrong: str, place: str) -> Row:
 
 
 def _draw(rows: Sequence[Row], count: int) -> list[Row]:
-    """``count`` rows by hash, in the order in which they were found."""
+    """``count`` rows by hash, in the order in which they were found; equal questions are asked once."""
+    rows = list({(row.text, row.choices): row for row in rows}.values())
     chosen = sorted(range(len(rows)), key=lambda i: _number(f"{rows[i].place}/{rows[i].text}"))[:count]
     return [rows[i] for i in sorted(chosen)]
 

@@ -58,7 +58,11 @@ def test_missing_fills_in_snapshots_merges_and_branches_once(run: RunFolder) -> 
 
 
 def test_named_ones_come_in_order_and_from_the_record(run: RunFolder) -> None:
-    urls = [f"{run.url}/merged/by-hand", f"{run.url}/branches/cool/snapshots/step-000000010", f"{run.url}/merged/by-hand"]
+    urls = [
+        f"{run.url}/merged/by-hand",
+        f"{run.url}/branches/cool/snapshots/step-000000010",
+        f"{run.url}/merged/by-hand",
+    ]
     first, again = evaluate(urls, None), evaluate(urls[::-1], None)
     assert [row["url"] for row in first["results"]] == urls[:2]
     assert [row["reused"] for row in first["results"]] == [False, False]

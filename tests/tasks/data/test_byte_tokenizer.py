@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -21,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@settings(deadline=None, max_examples=50)
 @given(text=st.text())
 def test_ids_are_bytes_and_decode_to_the_text(folder: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)

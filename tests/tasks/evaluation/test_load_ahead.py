@@ -86,7 +86,13 @@ def test_failures_are_told_in_their_turn_and_others_go_on(urls: list[str], tmp_p
     commit_network(open_store(str(other)), wide, seed=1, step=1)
     asked = [urls[0], urls[1], str(other), str(tmp_path / "nothing"), urls[2]]
     loaded = list(load_ahead([build_network(CONFIG), build_network(CONFIG)], asked))
-    assert [type(item.error) for item in loaded] == [type(None), CheckpointError, CheckpointError, UserError, type(None)]
+    assert [type(item.error) for item in loaded] == [
+        type(None),
+        CheckpointError,
+        CheckpointError,
+        UserError,
+        type(None),
+    ]
     assert "does not fit the network" in str(loaded[2].error)
 
 
