@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tasks.data.beside import CONFIG_KEY
 from tasks.data.token_manifest import TOKENIZER_KEY
-from tasks.data.tokenizer_files import CONFIG_KEY
 from tasks.data.vocabulary import BYTE_LEVEL_SIZE, ByteLevel
 
 END = chr(ByteLevel.end_of_document)

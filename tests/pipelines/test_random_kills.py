@@ -46,9 +46,11 @@ def test_eight_kills_on_ray_end_in_the_same_bytes(
         process = start_pma(*command, log=log)
     assert process.wait(timeout=2 * PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
 
+    # A worker that Ray asks to stop, when its driver or controller is gone, may still commit a snapshot off the grid.
+    on_grid = [s for s in run.snapshots() if not s.manifest.ephemeral]
     whole = RunFolder(str(demo_run[0]))
     expected = {s.step: (s.digest, s.manifest.state_digest) for s in whole.snapshots()}
-    assert {s.step: (s.digest, s.manifest.state_digest) for s in run.snapshots()} == expected
+    assert {s.step: (s.digest, s.manifest.state_digest) for s in on_grid} == expected
     assert len(run.segments()) > len(VICTIMS) // 2
 
 

@@ -12,8 +12,6 @@ from pipelines.arms import record_comparison
 from pipelines.stages import summarise_stage
 from pipelines.tracking import bring_up_to_date
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own dependencies warn while it makes its database.
-
 
 def test_mlflow_holds_lineage_of_both_arms_the_start_of_the_curve_and_the_comparison(tmp_path: Path) -> None:
     parent = make_parent(tmp_path / "parent")

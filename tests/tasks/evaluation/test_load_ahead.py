@@ -13,6 +13,7 @@ import torch
 from cluster.storage import open_store
 from configs.errors import UserError
 from tasks.checkpoints.safetensors_header import CheckpointError
+from tasks.checkpoints.start_point import StartPoint
 from tasks.evaluation import load_ahead as module
 from tasks.evaluation.held_out import HeldOutSuite, build_network
 from tasks.evaluation.load_ahead import load_ahead
@@ -37,9 +38,9 @@ class Watched:
         self.begun: list[str] = []
         self.ended = threading.Semaphore(0)
 
-    def __call__(self, network: torch.nn.Module, url: str) -> Any:
+    def __call__(self, network: torch.nn.Module, url: str, start: StartPoint | None) -> Any:
         self.begun.append(url)
-        loaded = self._load(network, url)
+        loaded = self._load(network, url, start)
         self.ended.release()
         return loaded
 

@@ -99,4 +99,4 @@ def test_text_before_ends_there_and_begins_with_a_line_where_it_can(lines: list[
 
 
 def test_held_out_fraction_is_the_default_of_runs() -> None:
-    assert stdlib_tasks.HELD_OUT_FRACTION == load_config("dense-411m").config.data.held_out_fraction == 0.05
+    assert stdlib_tasks.HELD_OUT_FRACTION == load_config("tiny").config.data.held_out_fraction
