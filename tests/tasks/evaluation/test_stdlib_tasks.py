@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.data import DataConfig
 from configs.load import load_config
 from tasks.data.corpus import is_held_out
 from tasks.evaluation import stdlib_tasks
@@ -99,4 +100,4 @@ def test_text_before_ends_there_and_begins_with_a_line_where_it_can(lines: list[
 
 
 def test_held_out_fraction_is_the_default_of_runs() -> None:
-    assert stdlib_tasks.HELD_OUT_FRACTION == load_config("tiny").config.data.held_out_fraction
+    assert DataConfig().held_out_fraction == stdlib_tasks.HELD_OUT_FRACTION
