@@ -50,6 +50,13 @@ def render_ablation(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{len(result['cells'])} merges in {result['seconds']:.0f} s: {result['record']}"])
 
 
+def render_study(result: dict[str, Any]) -> str:
+    """A study: each finding with its verdict, then where the page is."""
+    width = max(len(finding["name"]) for finding in result["findings"])
+    lines = [f"{finding['name']:<{width}}  {finding['verdict']}" for finding in result["findings"]]
+    return "\n".join([*lines, f"the page: {result['page']}"])
+
+
 def _label(cell: dict[str, Any]) -> str:
     return f"EMA {cell['alpha']:g}" if cell["method"] == "ema" else str(cell["method"]).upper()
 

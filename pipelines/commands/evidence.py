@@ -1,4 +1,4 @@
-"""Commands about what a run's weights are worth: ablate, forecast."""
+"""Commands about what a run's weights are worth: ablate, forecast, study."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 from pipelines.commands.options import common
 from pipelines.console import run_command
-from pipelines.render_evidence import render_ablation, render_forecast
+from pipelines.render_evidence import render_ablation, render_forecast, render_study
 
 
 @click.command()
@@ -44,3 +44,30 @@ def ablate(run_url: str, keep: bool, workers: str, settings: tuple[str, ...], as
         return story(run_url, settings, keep=keep, workers=workers, tell=lambda line: click.echo(line, err=True))
 
     return run_command(work, render_ablation, as_json=as_json, debug=debug)
+
+
+@click.command()
+@click.option("--config", "name", required=True, metavar="C", help="Study: a name or a .yaml path.")
+@click.option("--quick", is_flag=True, help="The study's smaller form.")
+@click.option("--run", "url", metavar="PATH", help="Folder of the study; default runs/<study name>.")
+@click.option("--output", metavar="FOLDER", help="Where the page goes; default <run>/page.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@common
+def study(
+    name: str, quick: bool, url: str | None, output: str | None, overrides: tuple[str, ...], as_json: bool, debug: bool
+) -> int:
+    """Repeat the paper's experiments and judge each of its findings by a stated rule; the same command continues."""
+
+    def work() -> dict[str, Any]:
+        from configs.study import load_study
+        from pipelines.study.story import study as story
+
+        config = load_study(name, overrides, quick=quick)
+        return story(
+            url or f"runs/{config.name}",
+            config,
+            output=output,
+            tell=lambda step: click.echo(f"study: {step}", err=True),
+        )
+
+    return run_command(work, render_study, as_json=as_json, debug=debug)

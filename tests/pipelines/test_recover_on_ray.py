@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.provoke import SETTINGS, write_sums
 from cluster.journal import read_events
+from pipelines.study.faults import SETTINGS, write_sums
 from tasks.checkpoints.recoveries import read_confirmations
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.recovery.record import parse_alarm

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 
-from benchmarks.provoke import SETTINGS, SMALL, Setting, Trained, configure, train
+from benchmarks.provoke import Trained, configure, train
+from pipelines.study.faults import SETTINGS, SMALL, Setting
 from tasks.recovery.detector import find_spike
 from tasks.recovery.policy import rule_of
 
