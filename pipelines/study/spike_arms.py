@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ from typing import Any
 
 from configs.load import load_config
 from configs.schema import Config
-from pipelines.study.faults import SETTINGS, SHORT, SMALL
+from pipelines.study.faults import SETTINGS, SHORT, SMALL, write_sums
+from pipelines.study.layout import Study
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.held_out import HeldOutSuite
 from tasks.recovery.policy import SpikeUnanswered
@@ -152,3 +155,18 @@ def _excess(result: dict[str, Any], control: dict[tuple[str, int], float]) -> fl
     if result["loss"] is None:
         return math.inf
     return float(result["loss"] - control[result["fault"], result["seed"]])
+
+
+def measure_spikes(study: Study, seed: int) -> dict[str, Any]:
+    """Every arm on every fault of ``seed``, beside the run without it, two at a time."""
+    assert study.config.spikes is not None
+    folder = str(Path(study.url.removeprefix("file://")).resolve() / "spikes")
+    if any(SETTINGS[fault].is_easy_text for fault in study.config.spikes.faults):
+        write_sums(Path(folder) / "text")
+    cases = [
+        Case(fault=fault, arm=arm, seed=seed, folder=folder)
+        for fault in study.config.spikes.faults
+        for arm in dict.fromkeys([CONTROL, *study.config.spikes.arms])
+    ]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        return {"cases": pool.map(run_case, cases, chunksize=1)}
