@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -42,6 +42,10 @@ from tasks.merging.plan import Recipe, plan_merges
 
 FOLDER = "ablations"
 CELLS = f"{FOLDER}/cells"
+BATCH = 32
+"""Merges that stand at once, unless a single read makes more."""
+WORTH_A_PROCESS = 8
+"""Checkpoints for which a further process is started."""
 KEYS = ("methods", "counts", "intervals", "alphas", "ends")
 
 
@@ -66,8 +70,8 @@ def ablate(
     grid = parse_grid(settings, config, snapshots)
     cells, lacking = lay_out(grid, snapshots)
     scored: list[Scored] = []
-    for group in passes(cells):
-        scored += score_group(run, config, group, keep=keep, workers=workers)
+    for groups in batched(passes(cells)):
+        scored += score_groups(run, config, groups, keep=keep, workers=workers)
         tell(f"{len(scored)} of {len(cells)} merges evaluated")
     for item in scored:
         if not math.isfinite(item.evaluation.loss):
@@ -100,23 +104,37 @@ def parse_grid(settings: Sequence[str], config: Config, snapshots: Sequence[Glan
     return Grid(**values)
 
 
-def score_group(run: RunFolder, config: Config, group: Sequence[Cell], *, keep: bool, workers: str) -> list[Scored]:
-    """Make and evaluate cells of one end and V, which one read serves; those on record are not made again."""
+def batched(groups: Sequence[list[Cell]]) -> Iterator[list[list[Cell]]]:
+    """``groups`` in batches whose merges stand at once: evaluating them together saves starting processes for each."""
+    batch: list[list[Cell]] = []
+    for group in groups:
+        if batch and sum(map(len, batch)) + len(group) > BATCH:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def score_groups(
+    run: RunFolder, config: Config, groups: Sequence[Sequence[Cell]], *, keep: bool, workers: str
+) -> list[Scored]:
+    """Make and evaluate cells, a group of one end and V with one read; those on record are not made again."""
     suite = suite_of(config)
-    known = {cell.name: found for cell in group if (found := _read_cell(run, cell, suite)) is not None}
-    todo = [cell for cell in group if cell.name not in known]
-    if todo:
-        urls = make_merges(run, todo, workers)
-        evaluate_urls(run, config, list(urls.values()), workers)
-        for cell in todo:
-            digest = read_manifest(open_store(urls[cell.name]))[0].digest
-            evaluation = read_evaluation(run.store, digest, suite)
-            assert evaluation is not None
-            known[cell.name] = Scored(cell=cell, digest=digest, evaluation=evaluation)
-            _write_cell(run, known[cell.name])
-            if not keep and f"/{CELLS}/" in urls[cell.name]:
-                take_away(urls[cell.name])
-    return [known[cell.name] for cell in group]
+    cells = [cell for group in groups for cell in group]
+    known = {cell.name: found for cell in cells if (found := _read_cell(run, cell, suite)) is not None}
+    todo = [[cell for cell in group if cell.name not in known] for group in groups]
+    urls = {name: url for group in todo if group for name, url in make_merges(run, group, workers).items()}
+    evaluate_urls(run, config, list(urls.values()), workers)
+    for cell in (cell for group in todo for cell in group):
+        digest = read_manifest(open_store(urls[cell.name]))[0].digest
+        evaluation = read_evaluation(run.store, digest, suite)
+        assert evaluation is not None
+        known[cell.name] = Scored(cell=cell, digest=digest, evaluation=evaluation)
+        _write_cell(run, known[cell.name])
+        if not keep and f"/{CELLS}/" in urls[cell.name]:
+            take_away(urls[cell.name])
+    return [known[cell.name] for cell in cells]
 
 
 def make_merges(run: RunFolder, cells: Sequence[Cell], workers: str) -> dict[str, str]:
@@ -145,16 +163,19 @@ def make_merges(run: RunFolder, cells: Sequence[Cell], workers: str) -> dict[str
 
 
 def evaluate_urls(run: RunFolder, config: Config, urls: Sequence[str], workers: str) -> None:
-    """Evaluate what has no record yet, in a process per CPU."""
-    processes = int(workers) if workers.isdigit() else os.cpu_count() or 1
+    """Evaluate what has no record yet: in this process or, where it is worth their start, in a process per CPU."""
     suite = suite_of(config)
     todo = [url for url in urls if read_evaluation(run.store, read_manifest(open_store(url))[0].digest, suite) is None]
+    most = int(workers) if workers.isdigit() else os.cpu_count() or 1
+    processes = max(1, min(most, len(todo) // WORTH_A_PROCESS))
     tasks = [
         EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=tuple(todo[start::processes]))
-        for start in range(min(processes, len(todo)))
+        for start in range(processes)
     ]
-    if tasks:
+    if len(tasks) > 1:
         list(fan_out_processes(evaluate_checkpoints, tasks, num_workers=len(tasks)))
+    elif todo:
+        evaluate_checkpoints(tasks[0])
 
 
 def evaluate_raw(run: RunFolder, config: Config, ends: dict[str, Glance]) -> dict[int, Evaluation]:

@@ -56,7 +56,7 @@ def test_again_nothing_is_merged_nor_evaluated(trained: RunFolder, monkeypatch: 
         raise AssertionError("made again")
 
     monkeypatch.setattr(pipeline, "carry_out", no_more)
-    monkeypatch.setattr(pipeline, "fan_out_processes", no_more)
+    monkeypatch.setattr(pipeline, "evaluate_checkpoints", no_more)
     assert ablate(trained.url, settings)["cells"] == first["cells"]
 
 
@@ -85,6 +85,7 @@ def test_merge_that_stands_in_the_run_is_used_and_stays(trained: RunFolder) -> N
 def test_interrupted_grid_goes_on_where_it_stopped(trained: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("counts=[2]", f"intervals=[{V},{2 * V}]", "methods=[wma]", "ends=[70]")
     real, made = pipeline.make_merges, []
+    monkeypatch.setattr(pipeline, "BATCH", 1)
 
     def stop_at_the_second(run: RunFolder, cells: Any, workers: str) -> dict[str, str]:
         made.append([cell.name for cell in cells])
@@ -97,6 +98,20 @@ def test_interrupted_grid_goes_on_where_it_stopped(trained: RunFolder, monkeypat
         ablate(trained.url, settings)
     assert len(ablate(trained.url, settings)["cells"]) == 2
     assert [len(names) for names in made] == [1, 1, 1] and made[1] == made[2] != made[0]
+
+
+def test_merges_of_an_interrupted_batch_are_used(trained: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("counts=[2,3]", f"intervals=[{V},{2 * V}]", "methods=[wma]", "ends=[60]")
+    made: list[int] = []
+    real = pipeline.carry_out
+    monkeypatch.setattr(pipeline, "carry_out", lambda workers, plans: made.append(len(plans)) or real(workers, plans))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline, "evaluate_urls", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        ablate(trained.url, settings)
+    assert made == [2, 2]
+    assert len(ablate(trained.url, settings)["cells"]) == 4
+    assert made == [2, 2]
+    assert not [key for key in trained.store.keys("ablations/cells") if key.endswith((".safetensors", "manifest.json"))]
 
 
 @pytest.mark.parametrize(
