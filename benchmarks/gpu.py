@@ -23,13 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.train import train_bare, train_under_pma
 from configs.load import load_config
 from configs.schema import Config
+from tasks.models.size import active_parameters
 
 LARGE = (
     "model.num_experts=64", "training.num_workers=1", "training.batch_tokens=65536", "training.micro_batches=4",
@@ -93,7 +93,7 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokens = options.steps * config.training.batch_tokens
     speed = tokens / statistics.median(under_pma for _, under_pma, _ in rows)
     return {
-        "parameters_active": active_parameters(config),
+        "parameters_active": active_parameters(config.model, config.training.sequence_length),
         "bare_tokens_per_second": tokens / statistics.median(bare for bare, _, _ in rows),
         "pma_tokens_per_second": speed,
         "ratio_median": statistics.median(bare / under_pma for bare, under_pma, _ in rows),
@@ -115,26 +115,12 @@ def speed_config(options: argparse.Namespace) -> Config:
     return load_config(options.config, (*given, *lengths, f"training.device={options.device}")).config
 
 
-def active_parameters(config: Config) -> int:
-    """Parameters that one token goes through: all but the experts that it is not sent to."""
-    from tasks.models.build import count_parameters
-
-    model = config.model
-    whole = count_parameters(model, config.training.sequence_length)
-    if not model.is_moe:
-        return whole
-    # The same network with one expert less an MoE layer says what an expert costs.
-    fewer = replace(model, num_experts=model.num_experts - 1)
-    one = whole - count_parameters(fewer, config.training.sequence_length)
-    return whole - one * (model.num_experts - model.num_experts_per_token)
-
-
 def flops_per_token(config: Config) -> float:
     """Of forward and backward: 6 a parameter that is active, 12 L H S for attention (arXiv 2204.02311, appendix B)."""
     model = config.model
     head_size = model.head_size or model.hidden_size // model.num_attention_heads
     attention = 12 * model.num_layers * model.num_attention_heads * head_size * config.training.sequence_length
-    return 6.0 * active_parameters(config) + attention
+    return 6.0 * active_parameters(config.model, config.training.sequence_length) + attention
 
 
 def measure_merge(device: str, elements: int = MERGE_ELEMENTS) -> dict[str, float]:

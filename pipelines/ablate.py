@@ -21,6 +21,7 @@ from cluster.storage import open_store
 from configs.errors import UserError
 from configs.load import config_to_dict
 from configs.schema import Config
+from pipelines.interval_scaling import best_interval, scale_intervals
 from pipelines.merge import carry_out, require_workers
 from tasks.checkpoints.catalog import Glance
 from tasks.checkpoints.digest import fingerprint
@@ -53,17 +54,21 @@ def ablate(
     run_url: str,
     settings: tuple[str, ...] = (),
     *,
+    beside: Sequence[str] = (),
     keep: bool = False,
     workers: str = "local",
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Make, evaluate and compare the merges of a grid; returns the fields of ``pma ablate --json``.
 
-    ``settings`` are ``counts=[3,6,10]`` and the like, of :data:`KEYS`. Raises :class:`configs.errors.UserError` for what is
+    ``settings`` are ``counts=[3,6,10]`` and the like, of :data:`KEYS`. With runs ``beside`` it, which have an ablation on record,
+    the best V is set against the size of the model. Raises :class:`configs.errors.UserError` for what is
     not possible, before anything is made.
     """
     started = time.perf_counter()
     require_workers(workers)
+    for url in beside:
+        best_interval(url)
     run = RunFolder(run_url)
     config = run.identity().config
     snapshots = [glance for glance in run.glances() if not glance.ephemeral]
@@ -81,6 +86,8 @@ def ablate(
     result = describe(run, grid, scored, raw, lacking)
     key = f"{FOLDER}/{fingerprint([dataclasses.asdict(grid), suite_of(config)])[:16]}.json"
     run.store.put(key, json.dumps(result, indent=1).encode())
+    if beside:
+        result["scaling"] = scale_intervals([run.url, *beside])
     return {**result, "record": f"{run.url}/{key}", "seconds": round(time.perf_counter() - started, 3)}
 
 

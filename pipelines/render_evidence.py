@@ -47,6 +47,7 @@ def render_ablation(result: dict[str, Any]) -> str:
             lines += _render_table(label, [cell for cell in cells if _label(cell) == label])
     lines += [f"not made: {row['name']}: {row['reason']}" for row in result["lacking"][:5]]
     lines += [f"... and {len(result['lacking']) - 5} more not made"] if len(result["lacking"]) > 5 else []
+    lines += _render_scaling(result["scaling"]) if "scaling" in result else []
     return "\n".join([*lines, f"{len(result['cells'])} merges in {result['seconds']:.0f} s: {result['record']}"])
 
 
@@ -59,6 +60,29 @@ def render_study(result: dict[str, Any]) -> str:
 
 def _label(cell: dict[str, Any]) -> str:
     return f"EMA {cell['alpha']:g}" if cell["method"] == "ema" else str(cell["method"]).upper()
+
+
+def _render_scaling(scaling: dict[str, Any]) -> list[str]:
+    lines = ["best V by active parameters:"]
+    for run in scaling["runs"]:
+        edge = ", at the edge of what was tried" if run["is_at_the_edge"] else ""
+        others = [f"{v:,}" for v in run["not_told_apart"] if v != run["interval_tokens"]]
+        same = f", not told apart from {', '.join(others)}" if others else ""
+        lines.append(
+            f"  {run['active_parameters']:>14,}  V {run['interval_tokens']:,} (N {run['count']}{edge}{same}): {run['run']}"
+        )
+    fit = scaling["fit"]
+    if fit is None:
+        lines.append(f"  {scaling['cannot_know']}")
+    else:
+        interval = fit["exponent_interval"]
+        width = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else f" ({fit['points']} points: no interval)"
+        lines.append(f"  V grows with size to the power of {fit['exponent']:.2f}{width}")
+    paper = {name: scaling["paper"][name]["fit"]["exponent"] for name in ("moe", "dense")}
+    lines.append(
+        f"  the paper's choices: {paper['moe']:.2f} for its MoE models, {paper['dense']:.2f} for its dense ones"
+    )
+    return lines
 
 
 def _render_table(label: str, cells: list[dict[str, Any]]) -> list[str]:

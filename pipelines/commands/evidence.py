@@ -31,17 +31,35 @@ def forecast(run_url: str, at: int | None, tokens: int | None, as_json: bool, de
 
 @click.command()
 @click.option("--run", "run_url", required=True, metavar="URL", help="Run whose snapshots are merged.")
+@click.option(
+    "--beside", multiple=True, metavar="URL", help="Another run with an ablation: set the best V against model size."
+)
 @click.option("--keep", is_flag=True, help="Keep the merged weights; otherwise their losses alone stay.")
 @click.option("--workers", default="local", show_default=True, help="ray, local (threads), or K local processes.")
 @click.argument("settings", nargs=-1, metavar="[KEY=[...]]...")
 @common
-def ablate(run_url: str, keep: bool, workers: str, settings: tuple[str, ...], as_json: bool, debug: bool) -> int:
+def ablate(
+    run_url: str,
+    beside: tuple[str, ...],
+    keep: bool,
+    workers: str,
+    settings: tuple[str, ...],
+    as_json: bool,
+    debug: bool,
+) -> int:
     """Merges over methods=[..] counts=[..] intervals=[..] alphas=[..] ends=[..], evaluated: which N and V to take."""
 
     def work() -> dict[str, Any]:
         from pipelines.ablate import ablate as story
 
-        return story(run_url, settings, keep=keep, workers=workers, tell=lambda line: click.echo(line, err=True))
+        return story(
+            run_url,
+            settings,
+            beside=beside,
+            keep=keep,
+            workers=workers,
+            tell=lambda line: click.echo(line, err=True),
+        )
 
     return run_command(work, render_ablation, as_json=as_json, debug=debug)
 

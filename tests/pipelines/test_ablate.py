@@ -143,3 +143,21 @@ def test_command_prints_what_to_take_first(trained: RunFolder, pma: Callable[...
     said = pma("ablate", "--run", trained.url, "counts=[2,3]", f"intervals=[{V}]", "methods=[sma,wma]", "ends=[80]")
     assert said.code == 0, said.stderr
     assert said.stdout.startswith("step 80, raw ") and ": take " in said.stdout.splitlines()[0]
+
+
+def test_best_interval_is_set_against_the_size_of_other_runs(
+    trained: RunFolder, tmp_path: Path, pma: Callable[..., Any]
+) -> None:
+    other, config = begin(tmp_path / "wide", "model.hidden_size=64", "training.total_tokens=5120")
+    train(other, config)
+    grid = ("counts=[2]", f"intervals=[{V},{2 * V}]", "methods=[sma]")
+    ask = ("ablate", "--run", trained.url, *grid, "ends=[80]", "--beside", other.url)
+    refused = pma(*ask)
+    assert refused.code == 2 and f"pma ablate --run {other.url}" in refused.stderr
+    ablate(other.url, (*grid, "ends=[40]"))
+    answer = json.loads(pma(*ask, "--json").stdout)["scaling"]
+    assert [run["run"] for run in answer["runs"]] == [trained.url, other.url]
+    assert answer["runs"][0]["active_parameters"] < answer["runs"][1]["active_parameters"]
+    assert all(run["interval_tokens"] in run["tried"] == [V, 2 * V] for run in answer["runs"])
+    assert answer["fit"]["points"] == 2 and answer["fit"]["exponent_interval"] is None
+    assert "V grows with size to the power of" in pma(*ask).stdout
