@@ -6,7 +6,7 @@ Everything comes from the run folder: evaluated snapshots and scheduled merges, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,9 @@ from tasks.merging.schedule import scheduled_rule
 from tasks.training.schedule import step_learning_rate
 
 BEST_FIRST = ("combined", "merged_with_offset", "law", "merged")
-"""Which predictor the forecast is, by what is known."""
+"""Which predictor the forecast is where too few real anneals tell them apart."""
+ENOUGH = 3
+"""Real anneals from which on the one that erred least is taken."""
 
 
 def forecast(run_url: str, *, at: int | None = None, tokens: int | None = None) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def forecast(run_url: str, *, at: int | None = None, tokens: int | None = None) 
     said = predict(thought, trunk, anneals)
     tests = back_test(anneals, trunk)
     in_time = back_test(anneals, trunk, only_earlier=True)
-    chosen = next((name for name in BEST_FIRST if name in said.losses), None)
+    chosen = choose_predictor(said, tests)
     width = tests[chosen].half_width() if chosen in tests else None
     loss = said.losses[chosen] if chosen else None
     return {
@@ -65,6 +67,15 @@ def forecast(run_url: str, *, at: int | None = None, tokens: int | None = None) 
             for a in anneals
         ],
     }
+
+
+def choose_predictor(said: Prediction, tests: Mapping[str, BackTest]) -> str | None:
+    """The predictor that erred least on the real anneals or, with fewer than :data:`ENOUGH`, by :data:`BEST_FIRST`."""
+    known = [name for name in BEST_FIRST if name in said.losses]
+    tried = [name for name in known if name in tests and len(tests[name].errors) >= ENOUGH]
+    if tried:
+        return min(tried, key=lambda name: tests[name].mean_absolute)
+    return known[0] if known else None
 
 
 def loss_curve(run: RunFolder, config: Config, suite_config: Config) -> LossCurve:

@@ -11,10 +11,11 @@ import pytest
 
 from configs.errors import UserError
 from pipelines.anneal import branch_config, branch_name
-from pipelines.forecast import forecast
+from pipelines.forecast import choose_predictor, forecast
 from pipelines.pretrain import start_point
 from pipelines.tick import tick
 from tasks.checkpoints.run_folder import RunFolder
+from tasks.evaluation.anneal_forecast import BackTest, Prediction
 from tasks.evaluation.held_out import HeldOutSuite
 from tests.local_gang import train
 from tests.short_run import begin
@@ -54,12 +55,32 @@ def test_forecast_stands_on_the_anneals_and_says_how_far_off_it_was(annealed: Ru
     answer = forecast(annealed.url)
     assert answer["step"] == 80 and answer["fork_step"] == 70
     assert [row["end_step"] for row in answer["anneals"]] == [40, 55, 70]
-    assert answer["predictor"] == "combined"
+    errors = {name: test["mean_absolute_error"] for name, test in answer["back_test"].items() if name != "raw"}
+    assert answer["predictor"] == min(errors, key=errors.__getitem__)
     low, high = answer["interval"]
     assert low < answer["forecast_loss"] < high
     assert set(answer["back_test"]) == {"raw", "merged", "merged_with_offset", "law", "combined"}
     assert all(test["anneals"] == 3 for test in answer["back_test"].values())
     assert answer["cannot_know"] == []
+
+
+@pytest.mark.parametrize(
+    ("errors", "chosen"),
+    [
+        (
+            {"combined": [0.2, 0.3, 0.2], "merged_with_offset": [0.1, 0.1, -0.1], "merged": [0.3, 0.3, 0.3]},
+            "merged_with_offset",
+        ),
+        ({"combined": [0.2, 0.3], "merged_with_offset": [0.1, 0.1]}, "combined"),
+        ({}, "combined"),
+    ],
+)
+def test_predictor_that_erred_least_is_taken_once_enough_anneals_tell(
+    errors: dict[str, list[float]], chosen: str
+) -> None:
+    said = Prediction(losses=dict.fromkeys(("combined", "merged_with_offset", "merged"), 1.0))
+    tests = {name: BackTest(errors={str(i): e for i, e in enumerate(found)}) for name, found in errors.items()}
+    assert choose_predictor(said, tests) == chosen
 
 
 def test_predictions_beside_the_run_are_its_own_losses(annealed: RunFolder) -> None:
