@@ -31,6 +31,10 @@ def draw_charts(study: Study, results: Results, findings: Sequence[Finding]) -> 
             ),
             "span.svg": (_span(study, results), "The same cells by span, (N-1)V: one line per seed and end point."),
             "inside.svg": (_inside(study, results), "Merges of the last anneal's own snapshots."),
+            "curves.svg": (
+                _curves(study, results),
+                "Decay curves as merge weights over the span of the last anneal, beside that anneal; a dot a seed.",
+            ),
             "forecast.svg": (
                 _forecast(study, results),
                 "Errors of predictors of the annealed loss, a dot per real anneal.",
@@ -131,6 +135,23 @@ def _inside(study: Study, results: Results) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss (nats)")
     axes.legend()
+    return to_svg(figure)
+
+
+def _curves(study: Study, results: Results) -> str:
+    """Raw, merges by decay curve, and the real anneal, less the latter."""
+    figure, axes = pyplot.subplots(figsize=(8, 2.6))
+    found = [results[f"curves-{seed}"] for seed in study.config.seeds]
+    names = list(found[0]["losses"])
+    for number, item in enumerate(found):
+        losses = [item["raw"], *(item["losses"][name] for name in names)]
+        x = [loss - item["annealed"] for loss in losses]
+        marker, colour = MARKERS[number % len(MARKERS)], LAYERS[number % len(LAYERS)]
+        axes.plot(x, range(len(x)), marker, color=colour, markersize=5)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.set_yticks(range(len(names) + 1), ["raw", *(name.removeprefix("wsm:") for name in names)])
+    axes.invert_yaxis()
+    axes.set_xlabel("loss less that of the real anneal (nats)")
     return to_svg(figure)
 
 

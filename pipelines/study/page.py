@@ -25,6 +25,10 @@ from tasks.checkpoints.run_folder import code_version
 from tasks.evaluation.verdicts import Claim, Finding
 
 Results = Mapping[str, Mapping[str, Any]]
+_ARMS_TOLD = (
+    "Means over seeds. Gradient norms are before clipping; their variance is within blocks of consecutive steps; a step stands out "
+    "if its loss or norm is far from the 128 steps before."
+)
 
 
 def write_page(study: Study, records: Mapping[str, StepRecord], findings: Sequence[Finding], folder: str) -> str:
@@ -42,6 +46,7 @@ def write_page(study: Study, records: Mapping[str, StepRecord], findings: Sequen
         *_table(findings),
         *_rules(study, results),
         *_charts(name, charts),
+        *_arms(study, results),
         *_forecast(study, results),
         *_spikes(study, results),
         *_how(study, records),
@@ -115,6 +120,33 @@ def _charts(name: str, charts: Mapping[str, tuple[str, str]]) -> list[str]:
     lines = ["## Charts", ""]
     for file, (_, caption) in charts.items():
         lines += [f"![{caption}]({name}/{file})", "", caption, ""]
+    return lines
+
+
+def _arms(study: Study, results: Results) -> list[str]:
+    """Arms of the later stages in figures, means over seeds."""
+    lines: list[str] = []
+    for kind, title, stage in (
+        ("continued", "Continued training", study.config.continued),
+        ("sft", "SFT", study.config.sft),
+    ):
+        if stage is None:
+            continue
+        lines += [
+            f"## {title}, arm by arm",
+            "",
+            _ARMS_TOLD,
+            "",
+            "| arm | begins with | loss at the start | at the end | gradient norm | its variance | steps that stand out |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for arm in stage.arms:
+            found = [results[f"{kind}-{seed}"]["arms"][arm.name] for seed in study.config.seeds]
+            names = ("initial_loss", "final_loss", "gradient_norm", "gradient_variance", "num_excursions")
+            cells = [[item[name] for item in found if item[name] is not None] for name in names]
+            told = [f"{fmean(values):.4f}" if values else "-" for values in cells[:-1]]
+            lines.append(f"| {arm.name} | {arm.start} | {' | '.join(told)} | {fmean(cells[-1]):.1f} |")
+        lines.append("")
     return lines
 
 
