@@ -12,8 +12,12 @@ from configs.load import load_config
 from configs.schema import Config
 from configs.study import StageConfig, Start, StudyConfig
 from pipelines.anneal import branch_name
+from pipelines.stages import Stage
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.merging.selection import WindowRule
+
+STAGES: dict[str, Stage] = {"continued": "continue-training", "sft": "sft"}
+"""Section of a study to the command that its arms are."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from pipelines.arms import read_arm
 from pipelines.initial import InitialWeights
 from pipelines.merge import carry_out
 from pipelines.pretrain import continue_run, prepare_run
-from pipelines.stages import Stage, StageRequest, plan_stage, run_stage
-from pipelines.study.layout import Study
+from pipelines.stages import StageRequest, plan_stage, run_stage
+from pipelines.study.layout import STAGES, Study
 from tasks.checkpoints.tied import open_untied
 from tasks.evaluation.arms import compare_arms, figures_of
 from tasks.merging.merge import find_standing
@@ -22,7 +22,6 @@ from tasks.merging.plan import Recipe, plan_merges
 from tasks.merging.selection import select_window
 from tasks.recovery.policy import rule_of
 
-STAGES: dict[str, Stage] = {"continued": "continue-training", "sft": "sft"}
 logger = logging.getLogger(__name__)
 
 
