@@ -176,10 +176,9 @@ def test_study_that_stopped_goes_on_after_the_last_whole_step(
         ("forks=[30]", "it is to end with the trunk, at 80"),
         ("inside_count=9", "the anneal has 4 snapshots"),
         ("spikes.faults=[gremlins]", "'gremlins'"),
-        ("forks=[10,40]", "warmup"),
         ("grid.counts=[6,7]", "do not fit before step 40"),
         ("continued.overrides=[model.hidden_size=48]", "raw has another model section"),
-        ("sft.overrides=['data.format=text']", "data.format=chat"),
+        ("sft.overrides=[]", "data.format=chat"),
         ("overrides=['model.hiden_size=3']", "hiden_size"),
     ],
 )
