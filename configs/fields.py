@@ -18,6 +18,11 @@ def added(default: Any) -> Any:
     return field(default=default, metadata={"identity": "unless default"})
 
 
+def added_mapping() -> Any:
+    """:func:`added` for a field that is a mapping, empty by default."""
+    return field(default_factory=dict, metadata={"identity": "unless default"})
+
+
 def require(condition: bool, key: str, got: object, allowed: str) -> None:
     """Raise :class:`ConfigError` naming ``key``, what it holds and what is allowed."""
     if not condition:

@@ -18,6 +18,8 @@ from configs.errors import ConfigError
 from configs.schema import Config
 
 SHIPPED = Path(__file__).parent
+FREE = "workload.options"
+"""The one section whose keys the schema does not know: those of the user's own workload."""
 DEFAULT_ORIGIN = "schema default"
 COMMAND_LINE = "command line"
 
@@ -161,7 +163,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _require_known(key: str, value: Any, origin: str) -> None:
     known = known_keys()
-    if key in known:
+    if key in known or key == FREE or key.startswith(f"{FREE}."):
         return
     if any(name.startswith(f"{key}.") for name in known):
         raise ConfigError(f"{key}={value!r} ({origin}): {key} is a section; set a key inside it")
@@ -205,9 +207,13 @@ def _identity_leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for item in dataclasses.fields(value):
         inner = getattr(value, item.name)
         part = item.metadata.get("identity", True)
-        if not part or (part == "unless default" and inner == item.default):
+        if not part or (part == "unless default" and inner == _default_of(item)):
             continue
         if dataclasses.is_dataclass(inner):
             yield from _identity_leaves(inner, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", _plain(inner)
+
+
+def _default_of(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()

@@ -11,6 +11,7 @@ from configs.model import ModelConfig
 from configs.recovery import DrillConfig, RecoveryConfig
 from configs.sections import AnnealConfig, ClusterConfig, EvaluationConfig, TrackingConfig
 from configs.training import OptimizerConfig, ScheduleConfig, SnapshotConfig, TrainingConfig
+from configs.workload import WorkloadConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Config:
     """Where the numbers come from: the paper's, or ours."""
     seed: int = 1
     """Decides initial weights, data order and every other draw."""
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    """What is trained, if it is not a language model."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the network."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -54,6 +57,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_identity()
+        self._check_workload()
         self._check_schedule()
         self._check_windows()
 
@@ -67,6 +71,18 @@ class Config:
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
         if self.data.tokenizer == "bytes":
             require(self.model.vocab_size >= 256, "model.vocab_size", self.model.vocab_size, "bytes need at least 256")
+
+    def _check_workload(self) -> None:
+        """What only language models have is refused beside another workload, not ignored."""
+        if self.workload.is_language_model:
+            return
+        for key, value, without in (
+            ("training.expert_parallel", self.training.expert_parallel, 1),
+            ("training.activation_checkpointing", self.training.activation_checkpointing, "none"),
+            ("training.compile", self.training.compile, False),
+            ("drill.poison", self.drill.poison, "none"),
+        ):
+            require(value == without, key, value, f"{without!r} beside workload.entry: language models alone have that")
 
     def _check_schedule(self) -> None:
         total = self.training.total_tokens

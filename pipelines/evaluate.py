@@ -34,6 +34,7 @@ from tasks.evaluation.held_out import (
 )
 from tasks.evaluation.load_ahead import FAILURES
 from tasks.merging.selection import on_grid
+from tasks.workload import require_language_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ def evaluate(
     if not missing and not urls:
         raise UserError("name checkpoints to evaluate, or give --run URL --missing for all that have no record yet")
     works = _works_of_tree(str(run_url), harness) if missing else _works_of(urls, run_url)
+    for work in works if harness is not None else ():
+        require_language_model(work.config, "--tasks")
     rows: list[dict[str, Any]] = []
     with _session(workers, works):
         for work in works:

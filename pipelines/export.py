@@ -18,6 +18,7 @@ from tasks.merging.merge import find_standing, nothing_done
 from tasks.merging.methods import MethodChoice
 from tasks.merging.plan import plan_merge
 from tasks.merging.policy import DTYPE_NAMES
+from tasks.workload import stated_workload
 
 
 def export(
@@ -41,6 +42,11 @@ def export(
     if target in (checkpoint.url, checkpoint.store.url):
         raise UserError(f"{url} is both the checkpoint and the output")
     shard_bytes = parse_bytes(max_shard) if max_shard else 1 << 30
+    if format_ == "hf" and (entry := stated_workload(checkpoint.store)) is not None:
+        raise UserError(
+            f"--format hf is for language models; {url} is of workload.entry={entry!r}. Its model*.safetensors are plain "
+            "safetensors as they lie; --format dcp writes torch DCP"
+        )
     if format_ == "dcp":
         from tasks.checkpoints.dcp_writer import write_dcp
 

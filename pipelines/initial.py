@@ -120,7 +120,7 @@ def require_fit(option: str, config: Config, checkpoint: Checkpoint) -> None:
             f"{option} {checkpoint.url} does not fit the model section of {config.name}:\n{_listed(found)}\n"
             f"`pma config from-model {checkpoint.store.url}` prints the section of a folder with a config.json"
         )
-    if found := vocabulary_misfits(config.data, checkpoint):
+    if config.workload.is_language_model and (found := vocabulary_misfits(config.data, checkpoint)):
         raise UserError(
             f"{option} {checkpoint.url} was trained on another vocabulary than the data of {config.name}:\n{_listed(found)}"
         )

@@ -34,7 +34,7 @@ from tasks.evaluation.held_out import suite_of
 from tasks.merging.schedule import scheduled_rule
 from tasks.training.sharding.mesh import plan_mesh
 
-TRAINING_SECTIONS = ("seed", "model", "data", "training", "optimizer", "schedule", "snapshots")
+TRAINING_SECTIONS = ("seed", "workload", "model", "data", "training", "optimizer", "schedule", "snapshots")
 """Sections of a configuration that decide the bytes of its snapshots."""
 FORK_KEEPS = ("training.batch_tokens", "training.sequence_length")
 """Beside the model's shape, what a fork shares with its run: the data position is counted in them."""
@@ -143,6 +143,12 @@ def require_workable(run: RunFolder, config: Config) -> None:
     if not is_shared_with_workers(run.store):
         raise UserError(f"{run.url}: memory:// is seen by one process only; training needs a path or s3://")
     plan_mesh(config, config.training.num_workers)
+    if not config.workload.is_language_model:
+        # Its networks are built with torch, which the driver does without otherwise.
+        from tasks.workload_checks import require_workload
+
+        require_workload(config)
+        return
     for note in require_readable(config):
         sys.stderr.write(f"{note}\n")
 
@@ -158,8 +164,9 @@ def require_forkable(trunk: RunFolder, name: str, config: Config) -> None:
     if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
         raise UserError(f"--fork {name!r}: letters, digits, '.', '_' and '-' only")
     old, new = identity_of(trunk.identity().config), identity_of(config)
-    fixed = [key for key in new if key.startswith("model.") or key in FORK_KEEPS]
-    if changed := [f"  {key}: run has {old[key]!r}, asked for {new[key]!r}" for key in fixed if old[key] != new[key]]:
+    fixed = [key for key in {**old, **new} if key.startswith(("model.", "workload.")) or key in FORK_KEEPS]
+    pairs = [(key, old.get(key), new.get(key)) for key in fixed]
+    if changed := [f"  {key}: run has {mine!r}, asked for {asked!r}" for key, mine, asked in pairs if mine != asked]:
         raise UserError(
             f"a fork of {trunk.url} starts from its weights and data position, so these must stay:\n"
             + "\n".join(changed)

@@ -124,9 +124,9 @@ def model_bytes(driven: Driven, look: Look) -> int:
     # Weights that a run begins with may be another trainer's, without a manifest.
     if driven.start is not None and driven.start.digest and not driven.start.weights_only:
         return _model_part(read_manifest(open_store(driven.start.url))[0])
-    from tasks.models.build import count_parameters
+    from tasks.models.fit import empty_network
 
-    return 4 * count_parameters(driven.config.model, driven.config.training.sequence_length)
+    return 4 * sum(parameter.numel() for parameter in empty_network(driven.config).parameters())
 
 
 def _model_part(manifest: Manifest) -> int:

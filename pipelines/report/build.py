@@ -96,8 +96,9 @@ def render(data: ReportData, charts: dict[str, str]) -> str:
 def _lead(data: ReportData) -> str:
     model, steps = data.config.model, max((m.step for m in data.journal), default=0)
     kind = f"{model.num_experts} experts, top-{model.num_experts_per_token}" if model.is_moe else "dense"
+    network = f"{model.family} ({model.num_layers} layers, width {model.hidden_size}, {kind})"
     text = (
-        f"{model.family} ({model.num_layers} layers, width {model.hidden_size}, {kind}), {steps:,} steps, "
+        f"{data.config.workload.entry or network}, {steps:,} steps, "
         f"{steps * data.config.training.batch_tokens / 1e6:.2f} M tokens, seed {data.config.seed}."
     )
     return f'<p class="lead">{html.escape(text)}</p>'

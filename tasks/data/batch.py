@@ -32,6 +32,14 @@ class Batch:
         """Input token ids."""
         return self.tokens_BS1[:, :-1]
 
+    @property
+    def weight(self) -> float | None:
+        """Targets that count; None where all do, as many in each sequence."""
+        return None if self.document_ids_BS is None else float((self.targets_BS >= 0).sum())
+
+    def __len__(self) -> int:
+        return len(self.tokens_BS1)
+
     def rows(self, start: int, end: int) -> Batch:
         """Sequences ``start`` (included) to ``end`` (excluded), such as a micro-batch."""
         documents, positions = self.document_ids_BS, self.position_ids_BS

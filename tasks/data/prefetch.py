@@ -8,9 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from tasks.data.batch import Batch
-from tasks.data.sequences import Stream
 from tasks.data.skips import SkipRange
+from tasks.workload import Batches, Rows
 
 
 class Prefetcher:
@@ -22,7 +21,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: Batches,
         *,
         first_step: int,
         batch_sequences: int,
@@ -43,13 +42,13 @@ class Prefetcher:
         self._depth = depth
         # One thread keeps reads in order of need; a read of a remote row is itself several at once.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._running: deque[Future[Batch]] = deque()
+        self._running: deque[Future[Rows]] = deque()
         self._fill(least=0)
 
-    def take(self, step: int) -> Batch:
+    def take(self, step: int) -> Rows:
         """The rows of this rank of the global batch of ``step``; steps are taken one after the other.
 
-        Raises what :meth:`tasks.data.sequences.Stream.read` raises; the same step may then be asked for again.
+        Raises what :meth:`tasks.workload.Batches.read` raises; the same step may then be asked for again.
         """
         if step != self._next_step:
             raise ValueError(f"step {step} was asked for, {self._next_step} is next")

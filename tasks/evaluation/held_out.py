@@ -11,26 +11,27 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Store, open_store
 from configs.data import DataConfig
+from configs.errors import UserError
 from configs.json_numbers import finite_or_none
 from configs.load import config_from_dict
 from configs.schema import Config
 from configs.sections import EvaluationConfig
 from tasks.checkpoints.digest import fingerprint
 from tasks.checkpoints.start_point import StartPoint
+from tasks.data.batch import Batch
+from tasks.evaluation.held_out_text import HeldOutText, Size, sum_losses
+from tasks.workload import Slice, open_workload
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
-
-    from tasks.data.batch import Batch
-    from tasks.data.vocabulary import Vocabulary
 
 FOLDER = "evaluations"
 _SUITE_KEYS = (
@@ -109,6 +110,8 @@ def suite_of(config: Config) -> str:
     }
     if config.evaluation.dtype != EvaluationConfig().dtype:
         values["dtype"] = config.evaluation.dtype
+    if not config.workload.is_language_model:
+        values["workload"] = dataclasses.asdict(config.workload)
     if config.data.mixture:
         values["mixture"] = [dataclasses.asdict(domain) for domain in config.data.mixture]
     return fingerprint(values)[:16]
@@ -135,21 +138,11 @@ def try_checkpoints(task: EvaluationTask) -> list[Outcome]:
 
 
 class HeldOutSuite:
-    """Held-out sequences and an empty network or two, kept for many checkpoints of one run."""
+    """The held-out measurement and an empty network or two, kept for many checkpoints of one run."""
 
     def __init__(self, run_url: str, config: Config) -> None:
-        from tasks.data.held_out import held_out_batches
-        from tasks.data.stream import open_stream
-        from tasks.data.tokenizer_files import run_vocabulary
-
         self._store, self._config = open_store(run_url), config
-        stream = open_stream(config, "held_out")
-        try:
-            self.slices = held_out_batches(stream, config)
-        finally:
-            stream.close()
-        vocabulary = run_vocabulary(config.data)
-        self._sizes = {name: _size_of([found[name] for found in self.slices], vocabulary) for name in self.slices[0]}
+        self._measure = open_workload(config).evaluate(config)
         self._networks: list[torch.nn.Module] = []
 
     def evaluate(self, url: str) -> Evaluation:
@@ -185,17 +178,28 @@ class HeldOutSuite:
             else:
                 yield Outcome(url=loaded.url, evaluation=evaluation)
 
-    def measure(self, network: torch.nn.Module) -> list[dict[str, tuple[float, int]]]:
-        """For each slice, loss in nats summed over targets and their number, by domain."""
-        size = self._config.evaluation.batch_sequences
-        return [{name: sum_losses(network, batch, size) for name, batch in batches.items()} for batches in self.slices]
+    def measure(self, network: torch.nn.Module) -> Sequence[Slice]:
+        """For each slice, losses summed and their number, by domain."""
+        import torch
 
-    def _record(self, digest: str, sums: Sequence[Mapping[str, tuple[float, int]]]) -> Evaluation:
+        with torch.no_grad():
+            found = self._measure(network)
+        wanted = self._config.evaluation.num_slices
+        if len(found) != wanted or not all(sum(count for _, count in one.values()) > 0 for one in found):
+            raise UserError(
+                f"workload.entry={self._config.workload.entry!r}: evaluate measured {[dict(one) for one in found]}; expected "
+                f"evaluation.num_slices={wanted} slices, each with domains as name: (sum of losses, how many)"
+            )
+        return found
+
+    def _record(self, digest: str, sums: Sequence[Slice]) -> Evaluation:
         slices = [
             sum(total for total, _ in found.values()) / sum(count for _, count in found.values()) for found in sums
         ]
         domains = {name: statistics.fmean(found[name][0] / found[name][1] for found in sums) for name in sums[0]}
-        loss, sizes = statistics.fmean(slices), self._sizes
+        loss = statistics.fmean(slices)
+        # Bits per byte are of text alone.
+        sizes = self._measure.sizes if isinstance(self._measure, HeldOutText) else {}
         return Evaluation(
             digest=digest,
             suite=suite_of(self._config),
@@ -203,9 +207,11 @@ class HeldOutSuite:
             slices=tuple(slices),
             domains=domains,
             bits_per_byte=_bits_per_byte(loss, list(sizes.values())),
-            tokens=sum(size.tokens for size in sizes.values()),
+            tokens=sum(count for found in sums for _, count in found.values()),
             created=time.time(),
-            domain_bits_per_byte={name: _bits_per_byte(domains[name], [sizes[name]]) for name in domains},
+            domain_bits_per_byte={
+                name: _bits_per_byte(domains[name], [sizes[name]] if sizes else []) for name in domains
+            },
         )
 
 
@@ -216,31 +222,14 @@ def build_network(config: Config) -> torch.nn.Module:
     """
     import torch
 
-    from tasks.models.build import build_model
-
-    network: torch.nn.Module = build_model(config.model, config.training.sequence_length).eval().requires_grad_(False)
+    network = open_workload(config).build(config).eval().requires_grad_(False)
     if config.evaluation.dtype == "bfloat16":
         for parameter in network.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     return network
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Size:
-    """How much a domain is, over all slices."""
-
-    tokens: int
-    bytes: int | None
-    """Of text; None if nobody knows the tokenizer."""
-
-
-def _size_of(batches: Sequence[Batch], vocabulary: Vocabulary | None) -> _Size:
-    rows = [row[row >= 0] for batch in batches for row in batch.targets_BS]
-    text_bytes = None if vocabulary is None else sum(vocabulary.count_bytes(row) for row in rows)
-    return _Size(tokens=sum(len(row) for row in rows), bytes=text_bytes)
-
-
-def _bits_per_byte(loss: float, sizes: Sequence[_Size]) -> float | None:
+def _bits_per_byte(loss: float, sizes: Sequence[Size]) -> float | None:
     """``loss`` in nats per token as bits per byte of the text that ``sizes`` are of."""
     tokens, text_bytes = sum(size.tokens for size in sizes), sum(size.bytes or 0 for size in sizes)
     return loss / math.log(2) * (tokens / text_bytes) if text_bytes else None
@@ -248,32 +237,8 @@ def _bits_per_byte(loss: float, sizes: Sequence[_Size]) -> float | None:
 
 def slice_loss(network: torch.nn.Module, tokens: NDArray[np.int64], batch_sequences: int) -> float:
     """Mean cross-entropy in nats per token of ``tokens [sequences, S + 1]``; token losses are summed in float64."""
-    from tasks.data.batch import Batch
-
     total, count = sum_losses(network, Batch(tokens_BS1=tokens, targets_BS=tokens[:, 1:]), batch_sequences)
     return total / count
-
-
-def sum_losses(network: torch.nn.Module, batch: Batch, batch_sequences: int) -> tuple[float, int]:
-    """Cross-entropy of ``batch`` in nats, summed over its targets in float64, and how many they are.
-
-    Where the batch has document borders, attention and positions keep to them: transformers reads them off
-    ``position_ids`` that begin anew.
-    """
-    import torch
-
-    total = 0.0
-    with torch.inference_mode():
-        for start in range(0, len(batch.tokens_BS1), batch_sequences):
-            part = batch.rows(start, start + batch_sequences)
-            positions = part.position_ids_BS
-            packed = {} if positions is None else {"position_ids": torch.from_numpy(positions)}
-            logits_BSV = network(input_ids=torch.from_numpy(part.inputs_BS), use_cache=False, **packed).logits.float()
-            losses_T = torch.nn.functional.cross_entropy(
-                logits_BSV.flatten(0, 1), torch.from_numpy(part.targets_BS).flatten(), reduction="none"
-            )
-            total += float(losses_T.double().sum())
-    return total, int((batch.targets_BS >= 0).sum())
 
 
 def evaluation_key(digest: str, suite: str) -> str:

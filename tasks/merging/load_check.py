@@ -18,6 +18,7 @@ from tasks.checkpoints.safetensors_header import CheckpointError
 from tasks.checkpoints.tied import open_untied
 from tasks.merging.policy import DTYPE_NAMES
 from tasks.merging.recompute import read_float64, weights_of
+from tasks.workload import stated_workload
 
 DTYPE_OF = {stored: name for name, stored in DTYPE_NAMES.items()}
 TOKENS = 64
@@ -34,6 +35,9 @@ def check_load(url: str, *, beside_mean: bool = True) -> Iterator[str]:
     """
     store = open_store(url)
     manifest, _ = read_manifest(store)
+    if (entry := stated_workload(store)) is not None:
+        yield f"{url}: --load runs language models in transformers; this is of workload.entry={entry!r}"
+        return
     if not store.exists("config.json"):
         yield f"{url}: no config.json: from_pretrained needs one beside the weights"
         return

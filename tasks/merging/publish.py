@@ -28,6 +28,7 @@ from tasks.merging.receipt import Receipt
 COPIED_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "workload.json",
 )  # fmt: skip
 
 

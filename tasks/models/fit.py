@@ -14,6 +14,7 @@ from tasks.models.build import build_model
 from tasks.models.config_file import CONFIG_KEY, read_model_shape
 from tasks.models.disk_layout import model_tensors
 from tasks.models.weights import census_problems
+from tasks.workload import open_workload
 
 FREE_KEYS = {"experts_implementation", "initializer_range", "router_loss_coefficient", "router_bias_speed"}
 """Keys of ``model`` that decide how a network is trained or computed, not what it computes."""
@@ -25,15 +26,23 @@ def misfits(config: Config, checkpoint: Checkpoint) -> list[str]:
     Compares names and shapes of all tensors and, where a Hugging Face ``config.json`` lies beside them, first what that
     says, some of which no tensor shows. Allocates nothing. Raises :class:`configs.errors.UserError` for a ``config.json`` that the section cannot express.
     """
-    with torch.device("meta"):
-        network = build_model(config.model, config.training.sequence_length)
+    network = empty_network(config)
     found = census_problems(model_tensors(network), checkpoint.model)
     stated = _stated_shape(checkpoint)
-    if stated is None:
+    if stated is None or not config.workload.is_language_model:
         return found
     if stated.family != config.model.family:
         return [f"model.family is {config.model.family}, the checkpoint's {stated.family}", *found]
     return [*_key_differences(config.model, stated), *found]
+
+
+def empty_network(config: Config) -> torch.nn.Module:
+    """The network of ``config`` for its names and shapes; of a language model without memory."""
+    if not config.workload.is_language_model:
+        return open_workload(config).build(config)
+    with torch.device("meta"):
+        network: torch.nn.Module = build_model(config.model, config.training.sequence_length)
+    return network
 
 
 def _key_differences(ours: ModelConfig, stated: ModelConfig) -> list[str]:

@@ -89,7 +89,7 @@ class Wish:
 
 
 def rule_of(config: Config) -> SpikeRule:
-    """The detector's rule for a run: warm-up and first loss follow from its schedule and vocabulary."""
+    """The detector's rule for a run: warm-up and first loss follow from its schedule and, of language models, vocabulary."""
     recovery = config.recovery
     return SpikeRule(
         window_points=recovery.window_steps,
@@ -97,7 +97,7 @@ def rule_of(config: Config) -> SpikeRule:
         threshold=recovery.threshold,
         lost_progress=recovery.lost_progress,
         warmup_steps=-(-config.schedule.warmup_tokens // config.training.batch_tokens),
-        start_loss=math.log(config.model.vocab_size),
+        start_loss=math.log(config.model.vocab_size) if config.workload.is_language_model else None,
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from cluster.lease import check_token
 from configs.load import config_from_dict
@@ -22,9 +21,8 @@ from tasks.checkpoints.run_folder import RUN_LEASE, RunFolder, RunIdentity
 from tasks.checkpoints.tied import without_tied
 from tasks.data.batch import Batch
 from tasks.data.prefetch import Prefetcher
+from tasks.data.sequences import Stream
 from tasks.data.skips import skip_to
-from tasks.data.stream import open_stream
-from tasks.data.tokenizer_files import tokenizer_files
 from tasks.training.drill import corrupt, is_corruption_due, poison
 from tasks.training.initial_weights import require_same_weights
 from tasks.training.rank_zero import told_by_rank_zero
@@ -35,8 +33,9 @@ from tasks.training.schedule import step_learning_rate
 from tasks.training.sharding.rank_state import restore_rank
 from tasks.training.sharding.sharded_model import ShardedModel, build_sharded_model
 from tasks.training.signals import Signals, share_signals
-from tasks.training.state import build_scalars
+from tasks.training.state import build_scalars, read_parameter_steps
 from tasks.training.step_guard import build_guard
+from tasks.workload import Batches, ForwardPass, Rows, Workload, files_of, open_workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class StepResult:
     """Measured on one step; equal on every rank."""
 
     loss: float
-    """Mean cross-entropy in nats per token, without the load-balance loss."""
+    """The workload's: of language models the mean cross-entropy in nats per token, without the load-balance loss."""
     gradient_norm: float
     """Global norm before clipping."""
     is_applied: bool
@@ -93,10 +92,11 @@ class Worker:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.run = RunFolder(task.run_url)
         self.identity: RunIdentity = self.run.identity()
-        self.stream = open_stream(self.config, "train")
+        self.workload: Workload = open_workload(self.config)
+        self.stream: Batches = self.workload.batches(self.config, "train")
         self.prefetcher: Prefetcher | None = None
-        self.tokenizer_files = tokenizer_files(self.config.data) if self.rank == 0 else {}
-        self.model: ShardedModel = build_sharded_model(self.config, self.rank, self.world_size)
+        self.files = files_of(self.config) if self.rank == 0 else {}
+        self.model: ShardedModel = build_sharded_model(self.config, self.rank, self.world_size, self.workload)
         self.balance = RouterBalance(self.model.network, self.config.model)
         self.guard = build_guard(self.config.optimizer)
         self.recovery: Recovery | None = None
@@ -144,7 +144,7 @@ class Worker:
             key = f"initial/{self.num_restores}"
             require_same_weights(checkpoint, point.initial, self.rank, self.world_size, key)
             self.step, self.optimizer_steps, self.carried = 0, 0, None
-            restore_rank(self.model, without_tied(checkpoint), with_moments=False, optimizer_steps=0)
+            restore_rank(self.model, without_tied(checkpoint), with_moments=False)
             return point
         assert checkpoint.manifest is not None and checkpoint.manifest.step is not None
         scalars = read_scalars(checkpoint)
@@ -154,7 +154,8 @@ class Worker:
         self.step = checkpoint.manifest.step
         self.carried = checkpoint.manifest.loss if checkpoint.manifest.ephemeral else None
         self.optimizer_steps = int(scalars["optimizer"]["steps"]) if point.with_moments else 0
-        restore_rank(self.model, checkpoint, with_moments=point.with_moments, optimizer_steps=self.optimizer_steps)
+        steps = read_parameter_steps(scalars, (item.name for item in self.model.slices))
+        restore_rank(self.model, checkpoint, with_moments=point.with_moments, parameter_steps=steps)
         guard = scalars.get("guard", {})
         # A fork may have another guard than its run, which begins afresh.
         if guard.get("guard") == self.config.optimizer.guard:
@@ -219,49 +220,49 @@ class Worker:
             step=self.step,
             corpus_digest=self.stream.digest,
             optimizer_steps=self.optimizer_steps,
+            parameter_steps=self.model.parameter_steps(),
             guard=self.guard.state(),
             recovery=self.recovery,
             course=self.course,
         )
 
-    def _forward_and_backward(self, batch: Batch) -> torch.Tensor:
+    def _forward_and_backward(self, batch: Rows) -> torch.Tensor:
         """Gradients of this rank's sequences; its loss, whose mean over ranks is the global batch's."""
         count = self.config.training.micro_batches
-        num_targets = self._count_targets(batch)
+        this = ForwardPass(
+            config=self.config,
+            step=self.step,
+            micro_batches=count,
+            world_size=self.world_size,
+            weight=self._weigh(batch),
+            device=self.model.device,
+        )
         total = torch.zeros((), device=self.model.device)
-        for rows in self.model.micro_batches(torch.arange(len(batch.tokens_BS1)), count):
+        for rows in self.model.micro_batches(torch.arange(len(batch)), count):
             part = batch.rows(int(rows[0]), int(rows[-1]) + 1)
-            loss = self._loss(part, num_targets)
+            loss = self.workload.loss(self.model.network, part, this)
             objective = loss + self.balance.loss(num_sequences=len(rows)) / count
             torch.autograd.backward(objective)
             total += loss.detach()
         return total
 
-    def _loss(self, part: Batch, num_targets: float | None) -> torch.Tensor:
-        device = self.model.device
-        positions = {} if part.position_ids_BS is None else {"position_ids": _to(part.position_ids_BS, device)}
-        outputs = self.model.network(input_ids=_to(part.inputs_BS, device), use_cache=False, **positions)
-        logits_TV, targets_T = outputs.logits.float().flatten(0, 1), _to(part.targets_BS, device).flatten()
-        if num_targets is None:
-            return torch.nn.functional.cross_entropy(logits_TV, targets_T) / self.config.training.micro_batches
-        total = torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum")
-        return total * self.world_size / num_targets
-
-    def _count_targets(self, batch: Batch) -> float | None:
-        """Targets of the global batch that count; None where all do, as many on each rank."""
-        if batch.document_ids_BS is None:
+    def _weigh(self, batch: Rows) -> float | None:
+        """What the global batch counts for; None where all its sequences count alike."""
+        own = batch.weight
+        if own is None:
             return None
-        count = torch.tensor(float((batch.targets_BS >= 0).sum()), device=self.model.device)
-        dist.all_reduce(count)
-        return float(count)
+        weight = torch.tensor(own, device=self.model.device)
+        dist.all_reduce(weight)
+        return float(weight)
 
-    def _batch(self) -> Batch:
+    def _batch(self) -> Rows:
         """The rank's rows of the global batch, after the drill had its way with them."""
         assert self.prefetcher is not None
         batch = self.prefetcher.take(self.step)
         drill = self.config.drill
         if drill.poison == "none":
             return batch
+        assert isinstance(batch, Batch) and isinstance(self.stream, Stream), "refused for other workloads"
         first = self.step * self.config.training.batch_sequences + self.rank * len(batch.tokens_BS1)
         positions = skip_to(np.arange(first, first + len(batch.tokens_BS1), dtype=np.int64), self.course.skips)
         poisoned = poison(
@@ -285,7 +286,3 @@ class Worker:
     def _fold_seed(self) -> int:
         # Random draws are a function of (seed, step, rank), so they need no saved generator state.
         return ((self.config.seed * 1_000_003 + self.step) * 65_537 + self.rank) % 2**63
-
-
-def _to(array: NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

@@ -8,6 +8,7 @@ the mesh may change.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,10 +62,18 @@ def gather_share(model: ShardedModel, rank: int, world_size: int) -> HostShare:
     )
 
 
-def restore_rank(model: ShardedModel, checkpoint: Checkpoint, *, with_moments: bool, optimizer_steps: int) -> None:
+def restore_rank(
+    model: ShardedModel,
+    checkpoint: Checkpoint,
+    *,
+    with_moments: bool,
+    optimizer_steps: int = 0,
+    parameter_steps: Mapping[str, int] | None = None,
+) -> None:
     """Fill this rank's weights and buffers, and its AdamW moments if asked, from ``checkpoint``.
 
-    ``optimizer_steps`` is AdamW's counter, for its bias correction. Raises :class:`CheckpointError` unless weights and
+    ``optimizer_steps`` is AdamW's counter, for its bias correction; ``parameter_steps`` those of parameters by layout name,
+    where they differ. Raises :class:`CheckpointError` unless weights and
     moments are complete and fit the network; nothing is changed then.
     """
     shapes = {item.name: torch.empty(item.shape, device="meta") for item in model.slices}
@@ -83,7 +92,8 @@ def restore_rank(model: ShardedModel, checkpoint: Checkpoint, *, with_moments: b
     run_reads(checkpoint.store, reads)
     if with_moments:
         for item in model.slices:
-            model.optimizer.state[item.local]["step"].fill_(float(optimizer_steps))
+            steps = (parameter_steps or {}).get(item.name, optimizer_steps)
+            model.optimizer.state[item.local]["step"].fill_(float(steps))
 
 
 def _parameters(model: ShardedModel) -> tuple[Parameter, ...]:

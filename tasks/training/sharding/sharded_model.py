@@ -27,6 +27,8 @@ from tasks.training.memory import ranks_on_this_host, require_memory
 from tasks.training.sharding.expert_parallel import ParallelExperts, distribute_experts
 from tasks.training.sharding.materialise import build_on_meta, materialise
 from tasks.training.sharding.mesh import MeshPlan, plan_mesh
+from tasks.workload import Workload, open_workload
+from tasks.workload_checks import draw_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,16 @@ class ShardedModel:
         self.optimizer.step()
         self.drop_gradients()
 
+    def parameter_steps(self) -> dict[str, int]:
+        """AdamW's counter of each parameter: the updates that it had a gradient in."""
+        counters = [self.optimizer.state.get(item.local, {}).get("step") for item in self.slices]
+        found = [counter for counter in counters if counter is not None]
+        values = iter(torch.stack(found).tolist() if found else ())
+        return {
+            item.name: 0 if counter is None else int(next(values))
+            for item, counter in zip(self.slices, counters, strict=True)
+        }
+
     def drop_gradients(self) -> None:
         """Forget the gradients at hand."""
         for item in self.slices:
@@ -117,21 +129,26 @@ class ShardedModel:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-def build_sharded_model(config: Config, rank: int, world_size: int) -> ShardedModel:
-    """Build, shard and wrap the network; initial weights depend on the seed alone. Collective.
+def build_sharded_model(config: Config, rank: int, world_size: int, workload: Workload | None = None) -> ShardedModel:
+    """Build, shard and wrap the network of ``workload`` (of ``config``'s, if not given); initial weights depend on the seed alone.
 
-    No rank ever holds more than one layer, the embedding and the head besides its own slices. Raises
+    Collective. Of a language model no rank ever holds more than one layer, the embedding and the head besides its own slices;
+    networks of other workloads are drawn whole on every rank before they are sharded. Raises
     :class:`configs.errors.UserError` where :func:`tasks.training.sharding.mesh.plan_mesh` and
     :func:`tasks.training.memory.require_memory` do.
     """
     plan, device = plan_mesh(config, world_size), select_device(config)
-    network = build_on_meta(config)
+    is_language_model = config.workload.is_language_model
+    network = build_on_meta(config) if is_language_model else draw_whole(workload or open_workload(config), config)
     require_memory(network, shards=plan.shards, ranks_here=ranks_on_this_host(), device=device)
     mesh = init_device_mesh(device.type, (plan.replicas, plan.shards), mesh_dim_names=("replica", "shard"))
     sharder = _Sharder(config, plan, mesh)
-    if config.training.activation_checkpointing == "layer":
-        network.activation_checkpointing_enable({"use_reentrant": False})
-    materialise(network, seed=config.seed, device=device, cut=sharder.shard_layer)
+    if isinstance(network, PreTrainedModel) and is_language_model:
+        if config.training.activation_checkpointing == "layer":
+            network.activation_checkpointing_enable({"use_reentrant": False})
+        materialise(network, seed=config.seed, device=device, cut=sharder.shard_layer)
+    else:
+        network.to(device)
     sharder.shard_root(network)
     slices = tuple(_rank_slices(network, plan, rank))
     return ShardedModel(
@@ -189,7 +206,7 @@ class _Sharder:
         if self._by_layer:
             self._shard(layer, self._mesh)
 
-    def shard_root(self, network: PreTrainedModel) -> None:
+    def shard_root(self, network: nn.Module) -> None:
         """Shard what no layer holds, or everything if the unit is the model."""
         self._shard(network, self._mesh)
 

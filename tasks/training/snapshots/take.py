@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from tasks.checkpoints.manifest import LossStatistics
 from tasks.checkpoints.run_folder import snapshot_key
-from tasks.models.build import build_model_config
 from tasks.training.schedule import phase_at, step_learning_rate
 from tasks.training.sharding.rank_state import gather_share
 from tasks.training.snapshots.board import open_board
@@ -92,7 +91,6 @@ def begin_snapshot(
 def facts_of(worker: Worker, window: LossWindow, segment: int, *, ephemeral: bool = False) -> SnapshotFacts:
     """What the manifest of the step just completed says beside its shards."""
     config = worker.config
-    network = build_model_config(config.model, config.training.sequence_length)
     return SnapshotFacts(
         key=snapshot_key(worker.step, worker.recovery_number),
         step=worker.step,
@@ -101,7 +99,7 @@ def facts_of(worker: Worker, window: LossWindow, segment: int, *, ephemeral: boo
         learning_rate=step_learning_rate(config, worker.step, worker.course),
         loss=window.statistics(),
         scalars=worker.scalars(),
-        files={"config.json": network.to_json_string(use_diff=False).encode(), **worker.tokenizer_files},
+        files=worker.files,
         run_id=worker.identity.run_id,
         segment=segment,
         recovery=worker.recovery_number,

@@ -1,0 +1,1 @@
+"""Workloads that are not language models; each a folder of its own."""
