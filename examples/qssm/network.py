@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from examples.qssm.simulator import apply, overlap, split, unitary_of, zero_state
+from examples.qssm.simulator import apply, overlap, split, unitaries_of, zero_state
 
 ALL_LAYERS = -1
 """The stage in which all layers are trained at once."""
@@ -59,8 +59,8 @@ class ScatteringCircuit(nn.Module):
     def prepare(self, angles_LP: list[torch.Tensor]) -> torch.Tensor:
         """The state after layers with these angles, from the first on."""
         state = zero_state(self.num_qubits).to(angles_LP[0].device)
-        for first, angles_P in enumerate(angles_LP):
-            state = apply(unitary_of(angles_P), state, first)
+        for first, unitary in enumerate(unitaries_of(torch.stack(angles_LP)).unbind()):
+            state = apply(unitary, state, first)
         return state
 
     def prepared(self) -> torch.Tensor:

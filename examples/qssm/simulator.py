@@ -2,7 +2,7 @@
 
 Qubit 0 is the first index of a state: a state of n qubits is complex64 ``[2] * n`` or, flat, ``[2**n]``.
 
-Legend: P Pauli strings but the identity, 4**w - 1 of w qubits; D = 2**w.
+Legend: L unitaries; P Pauli strings but the identity, 4**w - 1 of w qubits; D = 2**w.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def pauli_strings(width: int) -> torch.Tensor:
     return torch.stack(strings[1:])
 
 
-def unitary_of(angles_P: torch.Tensor) -> torch.Tensor:
-    """exp(-i/2 sum_p angle_p * string_p), complex64 ``[D, D]``, from float32 ``[P]``: every unitary, up to a phase."""
-    width = round(math.log(len(angles_P) + 1, 4))
-    generator = torch.einsum("p,pij->ij", angles_P.to(torch.complex64), pauli_strings(width).to(angles_P.device))
-    return torch.matrix_exp(-0.5j * generator)
+def unitaries_of(angles_LP: torch.Tensor) -> torch.Tensor:
+    """exp(-i/2 sum_p angle_p * string_p), complex64 ``[L, D, D]``, from float32 ``[L, P]``: every unitary, up to a phase."""
+    strings = pauli_strings(round(math.log(angles_LP.shape[-1] + 1, 4))).to(angles_LP.device)
+    generators = angles_LP.to(torch.complex64) @ strings.flatten(1)
+    return torch.matrix_exp(-0.5j * generators.reshape(-1, *strings.shape[1:]))
 
 
 def zero_state(num_qubits: int) -> torch.Tensor:
@@ -46,8 +46,7 @@ def zero_state(num_qubits: int) -> torch.Tensor:
 def apply(unitary: torch.Tensor, state: torch.Tensor, first: int) -> torch.Tensor:
     """``unitary`` ``[D, D]`` on the qubits ``first`` to ``first + w`` of ``state``."""
     shape, width = state.shape, round(math.log2(len(unitary)))
-    parts = state.reshape(2**first, 2**width, -1)
-    return torch.einsum("ij,ajb->aib", unitary, parts).reshape(shape)
+    return (unitary @ state.reshape(2**first, 2**width, -1)).reshape(shape)
 
 
 def split(state: torch.Tensor, num_first: int) -> torch.Tensor:

@@ -108,7 +108,8 @@ class QSSM:
 
         def measure(network: nn.Module) -> list[dict[str, tuple[float, int]]]:
             circuit = cast(ScatteringCircuit, network)
-            return [{"all": (float(circuit.infidelity(circuit.prepared())), 1)}] * config.evaluation.num_slices
+            infidelity = circuit.infidelity(circuit.prepared()).item()
+            return [{"all": (infidelity, 1)}] * config.evaluation.num_slices
 
         return measure
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from examples.qssm.simulator import apply, overlap, pauli_strings, split, unitary_of, zero_state
+from examples.qssm.simulator import apply, overlap, pauli_strings, split, unitaries_of, zero_state
 from examples.qssm.targets import ghz, random_mps, w
 
 # Rounding of complex64 over a handful of matrix products.
@@ -57,7 +57,7 @@ def test_pauli_strings_are_kronecker_products_in_order(width: int) -> None:
 def test_unitary_is_the_exponential_of_its_generator_and_unitary(width: int, seed: int) -> None:
     angles = random_angles(width, seed)
     generator = np.einsum("p,pij->ij", angles.double().numpy(), pauli_strings(width).numpy())
-    found = unitary_of(angles).numpy()
+    found = unitaries_of(angles[None])[0].numpy()
     np.testing.assert_allclose(found, scipy.linalg.expm(-0.5j * generator), atol=10 * TOLERANCE)
     np.testing.assert_allclose(found.conj().T @ found, np.eye(2**width), atol=10 * TOLERANCE)
 
@@ -66,7 +66,10 @@ def test_unitary_is_the_exponential_of_its_generator_and_unitary(width: int, see
 @settings(deadline=None, max_examples=20)
 def test_unitary_acts_on_its_qubits_as_the_dense_matrix_does(num_qubits: int, first: int, seed: int) -> None:
     first = min(first, num_qubits - 2)
-    state, unitary = random_state(num_qubits, seed), unitary_of(random_angles(2, seed))
+    state, unitary = (
+        random_state(num_qubits, seed),
+        unitaries_of(torch.stack([random_angles(2, seed + 1), random_angles(2, seed)]))[1],
+    )
     expected = dense(unitary.numpy().astype(np.complex128), first, num_qubits) @ state.numpy().reshape(-1)
     found = apply(unitary, state, first)
     np.testing.assert_allclose(found.numpy().reshape(-1), expected, atol=TOLERANCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from configs.load import load_config
 from configs.schema import Config
+from tests.conftest import ROOT
 
 TINY = (
     "workload.options.qubits=4", "workload.options.joint_fraction=0.3", "training.total_tokens=7680",
@@ -15,4 +16,4 @@ TINY = (
 
 def tiny(*overrides: str) -> Config:
     """``examples/qssm/ghz.yaml``, made small."""
-    return load_config("examples/qssm/ghz.yaml", (*TINY, *overrides)).config
+    return load_config(str(ROOT / "examples/qssm/ghz.yaml"), (*TINY, *overrides)).config
