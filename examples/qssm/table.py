@@ -1,24 +1,25 @@
 """The fidelity table of docs/qssm.md: layer by layer against all at once, raw against merged, over seeds.
 
-``python -m examples.qssm.table --qubits 10 --steps 1000 --shots 256`` trains in this process by the workload's own functions,
-without a cluster, and prints a row for each target and order as its seeds are done. The mean of the last snapshots is
+``python -m examples.qssm.table --qubits 10 --steps 1000 --shots 256`` trains the runs of an order side by side in this
+process, without a cluster, and prints a row for each target and order. The mean of the last snapshots is
 computed here; ``pma merge`` gives the same for a run.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from configs.load import load_config
 from configs.schema import Config
-from examples.qssm.workload import QSSM
+from examples.qssm.network import ScatteringCircuit
+from examples.qssm.workload import QSSM, stage_and_deviation
 from tasks.training.schedule import step_learning_rate
-from tasks.workload import ForwardPass
 
 ORDERS = (("end-to-end", 0.0), ("sequential", 0.0), ("sequential", 0.25))
 ROW_SHOTS = 64
@@ -45,40 +46,93 @@ def configure(target: str, order: str, joint: float, seed: int, arguments: argpa
     ).config
 
 
-def fidelities(config: Config) -> tuple[float, float]:
-    """Fidelity with the target of the last snapshot and of the mean of the last ``merge.count``."""
-    workload, training = QSSM(), config.training
+def fidelities(configs: Sequence[Config]) -> tuple[list[float], list[float]]:
+    """Fidelities with the targets of the last snapshots, and of the mean of the last ``merge.count``, by run.
+
+    The runs differ in seed and target alone and are trained side by side, as one with a dimension R of runs before all others.
+    """
+    first, workload = configs[0], QSSM()
+    training, moments = first.training, first.optimizer
+    circuits = [_drawn(workload, config) for config in configs]
+    angles, targets = torch.func.stack_module_state(circuits)  # type: ignore[arg-type]
+    streams = [workload.batches(config, "train") for config in configs]
+    optimizer = torch.optim.AdamW(angles.values(), betas=(moments.beta1, moments.beta2), weight_decay=0)
+    snapshots: list[dict[str, torch.Tensor]] = []
+    for step in range(training.total_steps):
+        rows = [one.read(step * training.batch_sequences, training.batch_sequences) for one in streams]
+        noise_RBA = torch.stack([one["noise"] for one in rows])
+        stage, deviation = stage_and_deviation(first, step)
+        optimizer.zero_grad()
+        loss_R = _on_each(circuits[0], lambda one, noise: one(stage, noise).mean(), angles, targets, deviation * noise_RBA)
+        torch.autograd.backward(loss_R.sum())
+        _clip(angles, training.max_gradient_norm or math.inf)
+        optimizer.param_groups[0]["lr"] = step_learning_rate(first, step + 1)
+        optimizer.step()
+        if (step + 1) * training.batch_tokens % first.snapshots.interval_tokens == 0:
+            snapshots.append({name: tensor.detach().clone() for name, tensor in angles.items()})
+    last = snapshots[-first.merge.count :]
+    mean = {name: torch.stack([one[name] for one in last]).mean(0) for name in angles}
+    with torch.no_grad():
+        raw, merged = (
+            1 - _on_each(circuits[0], lambda one, _: one.infidelity(one.prepared()), found, targets, noise_RBA)
+            for found in (last[-1], mean)
+        )
+    return raw.tolist(), merged.tolist()
+
+
+def _drawn(workload: QSSM, config: Config) -> ScatteringCircuit:
     torch.manual_seed(config.seed)
     circuit = workload.build(config)
-    batches, measure = workload.batches(config, "train"), workload.evaluate(config)
-    moments = config.optimizer
-    optimizer = torch.optim.AdamW(circuit.parameters(), betas=(moments.beta1, moments.beta2), weight_decay=0)
-    snapshots: list[list[torch.Tensor]] = []
-    for step in range(training.total_steps):
-        this = ForwardPass(
-            config=config, step=step, micro_batches=1, world_size=1, weight=None, device=torch.device("cpu")
-        )
-        rows = batches.read(step * training.batch_sequences, training.batch_sequences)
-        optimizer.zero_grad()
-        torch.autograd.backward(workload.loss(circuit, rows, this))
-        torch.nn.utils.clip_grad_norm_(circuit.parameters(), training.max_gradient_norm or float("inf"))
-        optimizer.param_groups[0]["lr"] = step_learning_rate(config, step + 1)
-        optimizer.step()
-        if (step + 1) * training.batch_tokens % config.snapshots.interval_tokens == 0:
-            snapshots.append([parameter.detach().clone() for parameter in circuit.parameters()])
-    with torch.no_grad():
-        raw = 1 - measure(circuit)[0]["all"][0]
-        for number, parameter in enumerate(circuit.parameters()):
-            parameter.copy_(torch.stack([one[number] for one in snapshots[-config.merge.count :]]).mean(0))
-        return raw, 1 - measure(circuit)[0]["all"][0]
+    assert isinstance(circuit, ScatteringCircuit)
+    return circuit
 
 
-def row_of(target: str, order: str, joint: float, arguments: argparse.Namespace) -> str:
-    """One line of the table, in Markdown."""
-    found = [fidelities(configure(target, order, joint, seed, arguments)) for seed in arguments.seeds]
-    name = f"{order}, joint end" if joint else order
-    raw, merged = ([one[index] for one in found] for index in range(2))
-    return f"| {target} | {name} | {_told(raw)} | {_told(merged)} |"
+def _on_each(
+    circuit: ScatteringCircuit,
+    function: Callable[[ScatteringCircuit, torch.Tensor], torch.Tensor],
+    angles: dict[str, torch.Tensor],
+    targets: dict[str, torch.Tensor],
+    noise_RBA: torch.Tensor,
+) -> torch.Tensor:
+    """``function`` of the circuit of each run and its noise, ``[R]``."""
+    called = _Called(circuit, function)
+
+    def one(angles: dict[str, torch.Tensor], target: torch.Tensor, noise_BA: torch.Tensor) -> torch.Tensor:
+        state = {f"circuit.{name}": tensor for name, tensor in angles.items()} | {"circuit.target": target}
+        return torch.func.functional_call(called, state, (noise_BA,))  # type: ignore[no-any-return]
+
+    return torch.vmap(one)(angles, targets["target"], noise_RBA)
+
+
+class _Called(torch.nn.Module):
+    """A circuit whose forward is a function of it."""
+
+    def __init__(
+        self, circuit: ScatteringCircuit, function: Callable[[ScatteringCircuit, torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.circuit, self.function = circuit, function
+
+    def forward(self, noise_BA: torch.Tensor) -> torch.Tensor:
+        return self.function(self.circuit, noise_BA)
+
+
+def _clip(angles: dict[str, torch.Tensor], limit: float) -> None:
+    """Clip the gradient of each run by its own norm."""
+    gradients = [tensor.grad for tensor in angles.values() if tensor.grad is not None]
+    norm_R = torch.stack([gradient.square().sum(1) for gradient in gradients]).sum(0).sqrt()
+    for gradient in gradients:
+        gradient *= (limit / (norm_R + 1e-6)).clamp(max=1)[:, None]
+
+
+def rows_of(order: str, joint: float, arguments: argparse.Namespace) -> Iterator[str]:
+    """Lines of the table, in Markdown: one for each target."""
+    cells = [(target, seed) for target in arguments.targets for seed in arguments.seeds]
+    found = fidelities([configure(target, order, joint, seed, arguments) for target, seed in cells])
+    name, count = f"{order}, joint end" if joint else order, len(arguments.seeds)
+    for number, target in enumerate(arguments.targets):
+        raw, merged = (values[number * count : (number + 1) * count] for values in found)
+        yield f"| {target} | {name} | {_told(raw)} | {_told(merged)} |"
 
 
 def _told(values: Sequence[float]) -> str:
@@ -98,9 +152,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print("| target | order | last snapshot: mean (seeds) | mean of the last ten |\n|---|---|---|---|", flush=True)
-    for target in arguments.targets:
-        for order, joint in ORDERS:
-            print(row_of(target, order, joint, arguments), flush=True)
+    for order, joint in ORDERS:
+        for line in rows_of(order, joint, arguments):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

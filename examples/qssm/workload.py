@@ -96,11 +96,7 @@ class QSSM:
         a variance of at most 1/(2 S) times that of the loss. That bound is the noise here, as a Gaussian.
         """
         assert isinstance(batch, NamedRows)
-        options, training = options_of(this.config), this.config.training
-        stage = options.stage_at(this.step, training.total_steps)
-        is_whole = stage in (ALL_LAYERS, options.qubits - options.bond - 1)
-        variance = INFIDELITY_VARIANCE if is_whole else DISTANCE_VARIANCE
-        deviation = 0.0 if options.exact else math.sqrt(variance / (2 * training.sequence_length))
+        stage, deviation = stage_and_deviation(this.config, this.step)
         return this.mean(network(stage, deviation * batch["noise"].to(this.device)))
 
     def evaluate(self, config: Config) -> Measure:
@@ -120,6 +116,15 @@ def options_of(config: Config) -> QssmOptions:
         return parse_record(QssmOptions, config.workload.options)
     except TypeError as error:
         raise UserError(f"workload.options={config.workload.options!r}: {error}") from error
+
+
+def stage_and_deviation(config: Config, step: int) -> tuple[int, float]:
+    """What is trained after ``step`` steps, and the standard deviation of a row's gradient in each angle."""
+    options = options_of(config)
+    stage = options.stage_at(step, config.training.total_steps)
+    is_whole = stage in (ALL_LAYERS, options.qubits - options.bond - 1)
+    variance = INFIDELITY_VARIANCE if is_whole else DISTANCE_VARIANCE
+    return stage, 0.0 if options.exact else math.sqrt(variance / (2 * config.training.sequence_length))
 
 
 def _generator(seed: int, side: Side, position: int) -> np.random.Generator:
