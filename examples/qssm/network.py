@@ -9,6 +9,8 @@ Legend: L layers, P angles of a layer, A = L * P angles, B rows of a batch.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -30,6 +32,8 @@ class ScatteringLayer(nn.Module):
 class ScatteringCircuit(nn.Module):
     """The circuit, beside the ``target`` state that it is to prepare: complex64 ``[2] * num_qubits``, known to the simulator alone."""
 
+    target: torch.Tensor
+
     def __init__(self, target: torch.Tensor, bond: int) -> None:
         super().__init__()
         self.num_qubits, self.bond = target.ndim, bond
@@ -44,8 +48,8 @@ class ScatteringCircuit(nn.Module):
         """
         trained = range(len(self.layers)) if stage == ALL_LAYERS else range(stage, stage + 1)
         angles_LP = [
-            layer.angles if number in trained else layer.angles.detach()
-            for number, layer in enumerate(self.layers)
+            angles_P if number in trained else angles_P.detach()
+            for number, angles_P in enumerate(self.angles_LP())
             if number <= trained[-1]
         ]
         state = self.prepare(angles_LP)
@@ -65,7 +69,11 @@ class ScatteringCircuit(nn.Module):
 
     def prepared(self) -> torch.Tensor:
         """The state after all layers."""
-        return self.prepare([layer.angles for layer in self.layers])
+        return self.prepare(self.angles_LP())
+
+    def angles_LP(self) -> list[torch.Tensor]:  # noqa: N802  its list has a shape
+        """The angles of each layer."""
+        return [cast(ScatteringLayer, layer).angles for layer in self.layers]
 
     def infidelity(self, state: torch.Tensor) -> torch.Tensor:
         """1 - |<target|state>|**2, float32."""

@@ -8,6 +8,7 @@ computed here; ``pma merge`` gives the same for a run.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,7 @@ def fidelities(configs: Sequence[Config]) -> tuple[list[float], list[float]]:
         noise_RBA = torch.stack([one["noise"] for one in rows])
         stage, deviation = stage_and_deviation(first, step)
         optimizer.zero_grad()
-        loss_R = _on_each(circuits[0], lambda one, noise: one(stage, noise).mean(), angles, targets, deviation * noise_RBA)
+        loss_R = _on_each(circuits[0], functools.partial(_mean_loss, stage), angles, targets, deviation * noise_RBA)
         torch.autograd.backward(loss_R.sum())
         _clip(angles, training.max_gradient_norm or math.inf)
         optimizer.param_groups[0]["lr"] = step_learning_rate(first, step + 1)
@@ -85,6 +86,11 @@ def _drawn(workload: QSSM, config: Config) -> ScatteringCircuit:
     circuit = workload.build(config)
     assert isinstance(circuit, ScatteringCircuit)
     return circuit
+
+
+def _mean_loss(stage: int, circuit: ScatteringCircuit, noise_BA: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = circuit(stage, noise_BA).mean()
+    return loss
 
 
 def _on_each(
@@ -122,7 +128,7 @@ def _clip(angles: dict[str, torch.Tensor], limit: float) -> None:
     gradients = [tensor.grad for tensor in angles.values() if tensor.grad is not None]
     norm_R = torch.stack([gradient.square().sum(1) for gradient in gradients]).sum(0).sqrt()
     for gradient in gradients:
-        gradient *= (limit / (norm_R + 1e-6)).clamp(max=1)[:, None]
+        gradient.mul_((limit / (norm_R + 1e-6)).clamp(max=1)[:, None])
 
 
 def rows_of(order: str, joint: float, arguments: argparse.Namespace) -> Iterator[str]:

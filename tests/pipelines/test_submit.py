@@ -195,7 +195,14 @@ def test_working_dir_ships_the_packages_and_nothing_else(tmp_path: Path) -> None
     create_package(str(ROOT), package, include_gitignore=True)
     with zipfile.ZipFile(package) as archive:
         names = archive.namelist()
-    assert {name.split("/")[0] for name in names} == {"configs", "cluster", "tasks", "pipelines", "examples", "pyproject.toml"}
+    assert {name.split("/")[0] for name in names} == {
+        "configs",
+        "cluster",
+        "tasks",
+        "pipelines",
+        "examples",
+        "pyproject.toml",
+    }
     assert not [name for name in names if "__pycache__" in name]
     tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "pipelines").rglob("*.py")}
     assert tracked <= set(names)
