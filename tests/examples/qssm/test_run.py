@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,13 +156,14 @@ def test_looking_at_the_run_works_without_a_language_model(made: RunFolder, tmp_
 def test_report_names_the_workload_and_no_language_model(made: RunFolder) -> None:
     evaluate([s.url for s in made.snapshots()], None)
     page = Path(write_report(made.url)).read_text()
-    assert "examples.qssm.workload:QSSM" in page
-    assert "experts" not in page
+    lead = re.search(r'class="lead">([^<]*)<', page)
+    assert lead is not None
+    assert lead[1].startswith("examples.qssm.workload:QSSM, 30 steps")
 
 
 def test_what_needs_a_language_model_says_so(made: RunFolder, tmp_path: Path) -> None:
     last = made.snapshots()[-1].url
-    with pytest.raises(UserError, match=r"--format hf is for language models; .* examples\.qssm\.workload:QSSM"):
+    with pytest.raises(UserError, match=r"--format hf is for language models; .*'examples\.qssm\.workload:QSSM'"):
         export(last, str(tmp_path / "hf"), format_="hf", dtype=None, max_shard=None, workers="local")
     export(last, str(tmp_path / "dcp"), format_="dcp", dtype=None, max_shard=None, workers="local")
     with pytest.raises(UserError, match="--tasks is for language models"):
