@@ -220,7 +220,8 @@ class Worker:
             step=self.step,
             corpus_digest=self.stream.digest,
             optimizer_steps=self.optimizer_steps,
-            parameter_steps=self.model.parameter_steps(),
+            # Of a language model every parameter is in every loss.
+            parameter_steps={} if self.config.workload.is_language_model else self.model.parameter_steps(),
             guard=self.guard.state(),
             recovery=self.recovery,
             course=self.course,
