@@ -182,7 +182,9 @@ def open_workload(config: Config) -> Workload:
     if not hasattr(module, name):
         known = [key for key, value in vars(module).items() if all(hasattr(value, one) for one in FUNCTIONS)]
         hint = f"; workloads there: {', '.join(known)}" if known else ""
-        raise UserError(f"workload.entry={entry!r}: {module_name} ({module.__file__}) has no {name}{hint}")
+        raise UserError(
+            f"workload.entry={entry!r}: {module_name} ({getattr(module, '__file__', 'built in')}) has no {name}{hint}"
+        )
     found = getattr(module, name)
     workload = found() if isinstance(found, type) else found
     if missing := [one for one in FUNCTIONS if not callable(getattr(workload, one, None))]:

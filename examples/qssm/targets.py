@@ -28,4 +28,5 @@ def random_mps(num_qubits: int, seed: int) -> torch.Tensor:
         state = torch.einsum("xl,lpr->xpr", state, tensor).reshape(-1, 2)
         state = state / state.norm()
     flat: torch.Tensor = state @ torch.randn(2, dtype=torch.complex128, generator=generator)
-    return (flat / flat.norm()).to(torch.complex64).reshape([2] * num_qubits)
+    normalised: torch.Tensor = flat / flat.norm()
+    return normalised.to(torch.complex64).reshape([2] * num_qubits)
