@@ -55,7 +55,7 @@ def fidelities(configs: Sequence[Config]) -> tuple[list[float], list[float]]:
     first, workload = configs[0], QSSM()
     training, moments = first.training, first.optimizer
     circuits = [_drawn(workload, config) for config in configs]
-    angles, targets = torch.func.stack_module_state(circuits)  # type: ignore[arg-type]
+    angles, targets = torch.func.stack_module_state(circuits)
     streams = [workload.batches(config, "train") for config in configs]
     optimizer = torch.optim.AdamW(angles.values(), betas=(moments.beta1, moments.beta2), weight_decay=0)
     snapshots: list[dict[str, torch.Tensor]] = []
