@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, Literal, TypeVar
 
-from cluster.storage import scheme_of
 from configs.urls import require_no_credentials
 
 # Read by MLflow when it is imported. One synchronous call to a dead server blocks minutes by default.
@@ -22,6 +20,9 @@ BOUNDS = {
 BATCH = 1000
 """Metrics of one call; MLflow splits above this."""
 LARGEST_PARAM = 6000
+LARGEST_DATASET_DIGEST = 36
+"""Characters; MLflow refuses more."""
+LARGEST_DATASET_SOURCE = 65_000
 Value = TypeVar("Value")
 
 
@@ -43,13 +44,27 @@ class Point:
     """Unix seconds."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrackedDataset:
+    """Data that a run was trained or measured on, by name: never its bytes."""
+
+    name: str
+    """Short name."""
+    digest: str
+    """What changes when the data does; at most :data:`LARGEST_DATASET_DIGEST` characters."""
+    source: str
+    """JSON of where it lies."""
+    context: Literal["training", "evaluation"]
+    """What it served for."""
+    profile: str
+    """JSON of how much it is."""
+
+
 class Tracker:
     """One MLflow experiment."""
 
     def __init__(self, uri: str, experiment: str, artifact_location: str | None = None) -> None:
         require_no_credentials(uri, "tracking URI")
-        for key, value in BOUNDS.items():
-            os.environ.setdefault(key, value)
         self.uri = uri
         self._experiment_name = experiment
         self._artifact_location = artifact_location
@@ -103,36 +118,32 @@ class Tracker:
         """Mark a run ``FINISHED``, ``FAILED``, ``KILLED`` or ``RUNNING``."""
         self._guard(lambda: self._open().update_run(run_id, status=status))
 
-    def register(self, model: str, *, url: str, run_id: str, alias: str, tags: dict[str, str]) -> str:
-        """Register the checkpoint at ``url`` by reference as a new version of ``model`` and move ``alias`` to it.
+    def log_datasets(self, run_id: str, datasets: Sequence[TrackedDataset]) -> None:
+        """Note what data a run used; the same data again changes nothing."""
 
-        Weights are never uploaded. A server refuses local paths as a source; then the version points at
-        the run's artifacts, and the tag ``url`` names the checkpoint in any case.
-        """
+        def call() -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        def call() -> str:
-            from mlflow.exceptions import MlflowException
+            inputs = [
+                DatasetInput(
+                    Dataset(
+                        name=item.name,
+                        digest=item.digest[:LARGEST_DATASET_DIGEST],
+                        source_type="pmaflow",
+                        source=item.source[:LARGEST_DATASET_SOURCE],
+                        profile=item.profile,
+                    ),
+                    tags=[InputTag("mlflow.data.context", item.context)],
+                )
+                for item in datasets
+            ]
+            self._open().log_inputs(run_id, datasets=inputs)
 
-            client = self._open()
-            if not client.search_registered_models(filter_string=f"name = '{model}'"):
-                client.create_registered_model(model)
-            source = url
-            if urlsplit(self.uri).scheme in ("http", "https") and scheme_of(url) == "file":
-                source = f"runs:/{run_id}/checkpoint"
-            try:
-                version = client.create_model_version(model, source=source, run_id=run_id, tags={**tags, "url": url})
-            except MlflowException as error:
-                raise TrackingAway(f"MLflow refused {source!r} as a model source: {error}") from error
-            client.set_registered_model_alias(model, alias, version.version)
-            return str(version.version)
-
-        return self._guard(call)
+        self._guard(call)
 
     def _open(self) -> Any:
         if self._client is None:
-            from mlflow import MlflowClient
-
-            client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            client = open_client(self.uri)
             found = client.get_experiment_by_name(self._experiment_name)
             self._experiment_id = (
                 found.experiment_id
@@ -143,11 +154,30 @@ class Tracker:
         return self._client
 
     def _guard(self, call: Callable[[], Value]) -> Value:
-        try:
-            return call()
-        except TrackingAway:
-            raise
-        except Exception as error:  # the edge to MLflow: whatever it raises must not reach the run
-            raise TrackingAway(
-                f"MLflow at {self.uri}: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
-            ) from error
+        return guarded(self.uri, call)
+
+
+def open_client(uri: str) -> Any:
+    """MLflow's client of the server at ``uri``, whose calls end within seconds when nobody answers."""
+    require_no_credentials(uri, "tracking URI")
+    for key, value in BOUNDS.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def guarded(uri: str, call: Callable[[], Value]) -> Value:
+    """What ``call`` returns; whatever MLflow raises becomes :class:`TrackingAway`."""
+    try:
+        return call()
+    except TrackingAway:
+        raise
+    except Exception as error:  # the edge to MLflow: whatever it raises must not reach the run
+        text = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise TrackingAway(f"MLflow at {uri}: {type(error).__name__}: {text}") from error
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether MLflow says that what was asked for does not exist."""
+    return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"

@@ -7,12 +7,16 @@ two invocations of the same run.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 from configs.fields import execution, require
 from configs.urls import require_no_credentials
+
+NEWEST_ALIAS = "pma-latest"
+"""Alias of the newest registered version of a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +70,31 @@ class TrackingConfig:
     """MLflow experiment name."""
     registered_model: str | None = execution(None)
     """Registered model that receives merged checkpoints; null means ``pmaflow-<config name>``."""
+    champion_alias: str | None = execution("champion")
+    """Alias of the registered version whose held-out loss is proven lowest (``docs/tracking.md``); null: nothing is promoted."""
+    champion_margin_errors: float = execution(1.0)
+    """Standard errors, paired over held-out slices, by which a version must beat the champion to take its place."""
 
     def __post_init__(self) -> None:
         if self.uri is not None:
             require_no_credentials(self.uri, "tracking.uri")
+        require(
+            self.champion_alias is None
+            or (
+                re.fullmatch(r"[\w-]{1,255}", self.champion_alias) is not None
+                and re.fullmatch(r"(?i:latest)|[vV]\d+", self.champion_alias) is None
+                and self.champion_alias != NEWEST_ALIAS
+            ),
+            "tracking.champion_alias",
+            self.champion_alias,
+            f"letters, digits, '_' and '-', not latest, {NEWEST_ALIAS} or v1, which mean something else; or null",
+        )
+        require(
+            0 <= self.champion_margin_errors < math.inf,
+            "tracking.champion_margin_errors",
+            self.champion_margin_errors,
+            "a number from 0 on",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pipelines.commands.configuration import config
 from pipelines.commands.data import tokenize
 from pipelines.commands.evidence import ablate, forecast, study
 from pipelines.commands.jobs import submit
+from pipelines.commands.lineage import rebuild
 from pipelines.commands.merging import adopt, evaluate, export, merge, verify
 from pipelines.commands.schedule import plan, tick, watch
 from pipelines.commands.stages import continue_training, sft
@@ -18,7 +19,7 @@ from pipelines.commands.upkeep import gc, report, status
 from pipelines.console import EXIT_USAGE, report_failure
 
 COMMANDS: tuple[click.Command, ...] = (
-    demo, pretrain, anneal, continue_training, sft, recover, merge, plan, tick, watch, adopt, export, evaluate, forecast, ablate, study, verify, status, report, gc, submit, tokenize, config,
+    demo, pretrain, anneal, continue_training, sft, recover, merge, plan, tick, watch, adopt, export, evaluate, forecast, ablate, study, verify, rebuild, status, report, gc, submit, tokenize, config,
 )  # fmt: skip
 
 

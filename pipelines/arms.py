@@ -13,7 +13,7 @@ from cluster.errors import ObjectExists
 from configs.json_numbers import finite_or_none
 from configs.schema import Config
 from pipelines.initial import InitialWeights
-from pipelines.tracking import COMPARISONS
+from pipelines.tracked.charts import COMPARISONS
 from tasks.checkpoints.digest import fingerprint
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.checkpoints.start_point import StartPoint

@@ -13,6 +13,8 @@ from cluster.lease import Lease
 from cluster.storage import Store
 from configs.load import override_execution
 from configs.schema import Config
+from pipelines.tracked.registration import FOLDER as REGISTRATIONS
+from pipelines.tracked.registration import asked_digests
 from pipelines.tracking import CURSOR_KEY
 from tasks.checkpoints.attempts import Attempt, find_attempts, remove_attempts, writers_at_work
 from tasks.checkpoints.catalog import Glance
@@ -147,11 +149,13 @@ def registered_digests(store: Store) -> set[str]:
     try:
         cursors = json.loads(data or b"{}").values()
         items = [item for cursor in cursors for item in cursor.get("items", [])]
-        return {item.removeprefix(VERSION_MARK) for item in items if item.startswith(VERSION_MARK)}
+        sent = {item.removeprefix(VERSION_MARK) for item in items if item.startswith(VERSION_MARK)}
     except (ValueError, AttributeError, TypeError) as error:
         raise StorageError(
             f"{store.url}/{CURSOR_KEY} is damaged ({error}): which merges are registered is not known, nothing is deleted"
         ) from error
+    # Those that MLflow, which is away, has not heard of yet.
+    return sent | set(asked_digests(store.keys(REGISTRATIONS)))
 
 
 def _collect(run: RunFolder, config: Config, clock: Clock) -> tuple[Collection, list[Attempt], list[str]]:

@@ -24,6 +24,7 @@ from pipelines.run_lease import hold_run
 from pipelines.scheduled import due_now, unevaluated
 from pipelines.steps import Step, pending_steps, run_steps
 from pipelines.timing import timed
+from pipelines.tracked.registration import ask_registration
 from pipelines.tracking import TrackingThread
 from pipelines.units import evaluation_units, merge_units, snapshot_units
 from tasks.checkpoints.pins import hold_pins
@@ -125,7 +126,7 @@ def continue_run(run: RunFolder, config: Config, *, tracked_below: RunFolder | N
             with working_session(run, config), Beside(run, config) as beside:
                 run_steps(run.store, steps, replace(driven, lease=lease, beside=beside), lease)
         if top.url == run.url:
-            register_newest(run, config, tracking)
+            register_newest(run, config)
         tracking.finish()
 
 
@@ -189,13 +190,13 @@ def num_cpus(config: Config) -> int:
     return config.training.num_workers + config.merge.num_workers
 
 
-def register_newest(run: RunFolder, config: Config, tracking: TrackingThread) -> None:
-    """Point the registered model's alias at the newest scheduled merge."""
+def register_newest(run: RunFolder, config: Config) -> None:
+    """Have the newest scheduled merge registered as a version of the run's model."""
     snapshots = run.snapshots()
     name = scheduled_rule(config).name_at(snapshots[-1].manifest) if snapshots else ""
     manifest = run.merged().get(name)
     if manifest is not None:
-        tracking.register(f"{run.url}/merged/{name}", manifest)
+        ask_registration(run, f"{run.url}/merged/{name}", manifest, config.merge.shard_bytes)
 
 
 def summarise(run: RunFolder, *, seconds: float) -> dict[str, Any]:

@@ -156,6 +156,10 @@ def render_status(result: dict[str, Any]) -> str:
     lines.append(
         f"tracking {tracking['uri'] or 'off'}: {tracking['lag']} item(s) behind{': ' + tracking['error'] if tracking['error'] else ''}"
     )
+    lines += [
+        f"model {row['model']}: {row['alias']} {'moved to' if row['moved'] else 'did not move to'} version {row['version']}: {row['reason']}"
+        for row in tracking.get("promotions", [])[-3:]
+    ]
     return "\n".join(lines)
 
 

@@ -31,6 +31,20 @@ def render_forecast(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"not known: {reason}" for reason in result["cannot_know"])])
 
 
+def render_rebuild(result: dict[str, Any]) -> str:
+    """A merge made again: whether it is the same, then from what."""
+    what = f"{result['model']} version {result['version']}"
+    lines = [f"input {item['digest'][:16]}  {item['url']}" for item in result["inputs"]]
+    lines += [f"digest {result['digest']}", f"on record {result['expected_digest']}"]
+    if result["ok"]:
+        how = f"made again in {result['seconds']:.2f} s" if result["is_new"] else "stands already"
+        return "\n".join([f"{what}: {how}, as recorded -> {result['output']}", *lines])
+    if result["digest"] == result["expected_digest"]:
+        lines += [f"state {result['state_digest']}", f"on record {result['expected_state_digest']}"]
+    fate = "taken away again" if result["taken_away"] else f"at {result['output']}"
+    return "\n".join([f"{what}: NOT as recorded, {fate}", *lines])
+
+
 def render_ablation(result: dict[str, Any]) -> str:
     """A grid of merges: what to choose first, then N by V for each method, then what could not be made."""
     lines = []

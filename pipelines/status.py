@@ -117,7 +117,8 @@ def tracking_status(run: RunFolder, *, is_driven: bool) -> dict[str, Any]:
     if is_driven:
         forwarder = open_forwarder(run, config)
         lag = forwarder.lag() if forwarder else 0
-        return {"uri": forwarder.tracker.uri if forwarder else None, "lag": lag, "error": None}
+        decisions = list(forwarder.cursor.decisions.values()) if forwarder else []
+        return {"uri": forwarder.tracker.uri if forwarder else None, "lag": lag, "error": None, "promotions": decisions}
     return bring_up_to_date(run, config)
 
 

@@ -4,17 +4,19 @@ The run folder is the truth and this is a copy: a cursor beside it says what was
 MLflow that was away is brought up to date by any later command.
 
 Tree in MLflow: the run; below it one child per segment, one for merges, one for evaluations and one per
-branch.
+branch (:mod:`pipelines.tracked.tree`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import StorageError
@@ -23,18 +25,20 @@ from cluster.storage import scheme_of
 from cluster.tracking import Point, Tracker, TrackingAway
 from configs.load import config_to_dict, identity_of
 from configs.schema import Config
+from pipelines.tracked import datasets, registration
+from pipelines.tracked.charts import COMPARISONS, draw, pending_charts
+from pipelines.tracked.notes import NOTE_TAG, PARTS, describe_run, describe_segment
+from pipelines.tracked.tree import kind_of, name_of, parent_of
 from pipelines.wording import describe_event
 from tasks.checkpoints.manifest import Manifest
-from tasks.checkpoints.run_folder import RunFolder
+from tasks.checkpoints.run_folder import RUN_KEY, RunFolder
 from tasks.evaluation.held_out import read_evaluation, suite_of
 
 CURSOR_KEY = "tracking/cursor.json"
-COMPARISONS = "comparisons"
-"""Folder of a run's comparisons of arms."""
-ALIAS = "pma-latest"
 NOTED_EVENTS = ("spike", "recovery", "recovered", "spike-unanswered")
 """Kinds of events that a tracked run is annotated with."""
 LARGEST_TAG = 4000
+SQLITE = "sqlite:///"
 POLL_SECONDS = 4.0
 FINAL_WAIT_SECONDS = 30.0
 logger = logging.getLogger(__name__)
@@ -49,7 +53,11 @@ class Cursor:
     journals: list[str] = field(default_factory=list)
     """Journal objects sent."""
     items: list[str] = field(default_factory=list)
-    """Merges, evaluations, versions and artifacts sent."""
+    """Merges, evaluations, versions, datasets and artifacts sent."""
+    decisions: dict[str, Any] = field(default_factory=dict)
+    """Promotions of registered versions, decided, by digest."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Descriptions that our runs have, by our key."""
 
 
 class Forwarder:
@@ -62,6 +70,7 @@ class Forwarder:
         self.suite = suite_of(config)
         self._all_cursors: dict[str, Any] = json.loads(run.store.read_if_present(CURSOR_KEY) or b"{}")
         self.cursor = Cursor(**self._all_cursors.get(tracker.uri, {}))
+        self.registrar = registration.Registrar(run, config, tracker, self.cursor.decisions, self._save)
 
     def forward(self) -> int:
         """Send everything that is pending; returns the number of items sent.
@@ -70,21 +79,34 @@ class Forwarder:
         """
         before = self._count()
         try:
-            self._forward_run(self.run, prefix="")
-            for name in self.run.branches():
-                branch = self.run.branch(name)
-                if branch.store.exists("run.json"):
-                    self._forward_run(branch, prefix=f"branches/{name}/")
+            for run, prefix in self._folders():
+                self._forward_run(run, prefix)
+            if self._count() > before:
+                self._describe()
         finally:
             self._save()
         return self._count() - before
 
+    def forward_charts(self) -> None:
+        """Draw and send what charts are due; matplotlib serves one thread, so nobody may draw meanwhile."""
+        try:
+            for run, prefix, item in self._pending_charts():
+                evidence = draw(run, run.identity().config, item)
+                for path, text in evidence.artifacts.items() if evidence else ():
+                    self.tracker.log_text(self._run_id(_key_of(prefix)), text, path)
+                if evidence and evidence.points:
+                    self.tracker.log_points(self._run_id(_key_of(prefix)), evidence.points)
+                self.cursor.items.append(prefix + item)
+        finally:
+            self._save()
+
     def lag(self) -> int:
         """Items in the run folder that MLflow has not been sent."""
-        folders = [(self.run, "")] + [(self.run.branch(name), f"branches/{name}/") for name in self.run.branches()]
-        return sum(
-            len(self._pending_journals(run, prefix)) + len(self._pending_items(run, prefix)) for run, prefix in folders
+        waiting = sum(
+            len(self._pending_journals(run, prefix)) + len(self._pending_items(run, prefix))
+            for run, prefix in self._folders()
         )
+        return waiting + len(self._pending_charts())
 
     def finish(self, status: str) -> None:
         """Mark every run of the tree as ended."""
@@ -95,23 +117,32 @@ class Forwarder:
         """Store an artifact in the top run."""
         self.tracker.log_text(self._run_id("run"), text, path)
 
-    def register(self, url: str, manifest: Manifest) -> None:
-        """Register a merged checkpoint by reference and move the alias, once per set of weights."""
-        item = f"version/{manifest.digest}"
-        if item in self.cursor.items or manifest.merge is None:
-            return
-        model = self.config.tracking.registered_model or f"pmaflow-{self.config.name}"
-        run_id = self._run_id("merges")
-        self.tracker.log_text(run_id, json.dumps({"url": url, "digest": manifest.digest}), "checkpoint/pointer.json")
-        tags = {"digest": manifest.digest, "method": manifest.merge.method, "step": str(manifest.step)}
-        self.tracker.register(model, url=url, run_id=run_id, alias=ALIAS, tags=tags)
-        self.cursor.items.append(item)
-        self._save()
+    def _folders(self) -> list[tuple[RunFolder, str]]:
+        """The run and its branches, with what stands before the names of their items."""
+        branches = {name: self.run.branch(name) for name in self.run.branches()}
+        begun = [(run, f"branches/{name}/") for name, run in branches.items() if run.store.exists(RUN_KEY)]
+        return [(self.run, ""), *begun]
+
+    def _pending_charts(self) -> list[tuple[RunFolder, str, str]]:
+        found = []
+        for run, prefix in self._folders():
+            sent = {item.removeprefix(prefix) for item in self.cursor.items if item.startswith(prefix)}
+            found += [(run, prefix, item) for item in pending_charts(run, run.identity().config, sent)]
+        return found
+
+    def _describe(self) -> None:
+        """Set the descriptions that have changed."""
+        for run, prefix in self._folders():
+            key = _key_of(prefix)
+            text = describe_run(run, run.identity().config, {} if prefix else self.cursor.decisions)
+            if self.cursor.notes.get(key) != text:
+                self.tracker.set_tags(self._run_id(key), {NOTE_TAG: text[:LARGEST_TAG]})
+                self.cursor.notes[key] = text
 
     def _forward_run(self, run: RunFolder, prefix: str) -> None:
         for key in self._pending_journals(run, prefix):
             segment = key.rsplit("/", 1)[-1].split("-")[0]
-            child = f"{prefix}segment/{int(segment)}" if not prefix else prefix.rstrip("/")
+            child = _key_of(prefix) if prefix else f"segment/{int(segment)}"
             points = [
                 Point(metric=name, value=value, step=row.tokens, time=row.time)
                 for row in read_journal_object(run.store, key)
@@ -120,9 +151,11 @@ class Forwarder:
             self.tracker.log_points(self._run_id(child), points)
             self.cursor.journals.append(prefix + key)
             self._save()
-        for item in self._pending_items(run, prefix):
-            self._forward_item(run, prefix, item)
-            self.cursor.items.append(prefix + item)
+        # A version that is registered may make a decision pending.
+        while items := self._pending_items(run, prefix):
+            for item in items:
+                self._forward_item(run, prefix, item)
+                self.cursor.items.append(prefix + item)
 
     def _forward_item(self, run: RunFolder, prefix: str, item: str) -> None:
         kind, name = item.split("/", 1)
@@ -132,6 +165,15 @@ class Forwarder:
             self.tracker.log_text(
                 self._run_id("merges"), json.dumps(dataclasses.asdict(manifest.merge), indent=1), f"lineage/{name}.json"
             )
+            return
+        if kind == registration.VERSION:
+            self.registrar.register(name, self._run_id("merges"))
+            return
+        if kind == registration.DECISION:
+            self.registrar.decide(name)
+            return
+        if item == datasets.ITEM:
+            self.tracker.log_datasets(self._run_id(_key_of(prefix)), datasets.datasets_of(run, run.identity().config))
             return
         if kind == "note":
             self._forward_note(run, prefix, name)
@@ -144,13 +186,13 @@ class Forwarder:
         assert evaluation is not None
         values = {f"evaluation/{label}_loss": evaluation.loss, f"evaluation/{label}_spread": evaluation.spread}
         points = [Point(metric=key, value=v, step=int(tokens), time=evaluation.created) for key, v in values.items()]
-        self.tracker.log_points(self._run_id("evaluations" if not prefix else prefix.rstrip("/")), points)
+        self.tracker.log_points(self._run_id(_key_of(prefix) if prefix else "evaluations"), points)
 
     def _forward_note(self, run: RunFolder, prefix: str, name: str) -> None:
         """A spike, or what was done about it: a tag that reads as a sentence, and a point at its place on the token axis."""
         event = json.loads(run.store.read(f"events/{name}"))
         number = name.partition("-")[0]
-        run_id = self._run_id("run" if not prefix else prefix.rstrip("/"))
+        run_id = self._run_id(_key_of(prefix))
         self.tracker.set_tags(run_id, {f"pma.{event['kind']}.{number}": describe_event(event)[:LARGEST_TAG]})
         step = event.get("step") or event.get("start_step") or 0
         tokens = int(step) * self.config.training.batch_tokens
@@ -160,7 +202,7 @@ class Forwarder:
     def _forward_comparison(self, run: RunFolder, prefix: str, name: str) -> None:
         """A comparison of arms: whole as an artifact, and its differences as metrics at the end of the run."""
         text = run.store.read(f"{COMPARISONS}/{name}").decode()
-        comparison, run_id = json.loads(text), self._run_id("run" if not prefix else prefix.rstrip("/"))
+        comparison, run_id = json.loads(text), self._run_id(_key_of(prefix))
         self.tracker.log_text(run_id, text, "comparison.json")
         differences = comparison["over_seeds"] or comparison["seeds"][0]["differences"]
         tokens = self.config.training.total_tokens
@@ -182,6 +224,7 @@ class Forwarder:
         names = [key.rpartition("/")[2] for key in run.store.keys("events")]
         items += [f"note/{name}" for name in names if name.removesuffix(".json").partition("-")[2] in NOTED_EVENTS]
         items += [f"comparison/{key.rpartition('/')[2]}" for key in run.store.keys(COMPARISONS)]
+        items.append(datasets.ITEM)
         evaluated = set(run.store.keys("evaluations"))
         checkpoints = [("raw", s.manifest) for s in run.snapshots()]
         checkpoints += [(_label(manifest), manifest) for manifest in run.merged().values()]
@@ -194,21 +237,32 @@ class Forwarder:
         start = run.identity().start
         if start is not None and start.weights_only and f"evaluations/{start.digest}-{self.suite}.json" in evaluated:
             items.append(f"evaluation/raw@{start.digest}@0")
+        if not prefix:
+            items += registration.pending_items(run, self.config, sent, evaluated)
         return [item for item in items if prefix + item not in sent]
 
     def _run_id(self, key: str) -> str:
         if key not in self.cursor.runs:
-            parent = None if key == "run" else self._run_id("run")
+            above = parent_of(key, self.cursor.runs)
+            parent = None if above is None else self._run_id(above)
             tags = {"pma.run_url": self.run.url, "pma.run_id": self.run.identity().run_id, "pma.part": key}
-            tags |= self._lineage_tags(key)
+            tags |= {"pma.kind": kind_of(key), **self._lineage_tags(key), **self._first_note(key)}
             params = identity_of(self.config) if key == "run" else {}
-            name = self.config.name if key == "run" else key.replace("/", " ").removeprefix("branches ")
+            name = name_of(key, self.config.name, self.run.url)
             self.cursor.runs[key] = self.tracker.start_run(name, parent_id=parent, tags=tags, params=params)
             if key == "run":
                 text = json.dumps(config_to_dict(self.config), indent=1)
                 self.tracker.log_text(self.cursor.runs[key], text, "config.json")
             self._save()
         return self.cursor.runs[key]
+
+    def _first_note(self, key: str) -> dict[str, str]:
+        """The description of a run that holds no training of its own, or of a segment."""
+        if key.startswith("segment/"):
+            text = describe_segment(self.run, int(key.removeprefix("segment/")))
+        else:
+            text = PARTS.get(kind_of(key), "")
+        return {NOTE_TAG: text} if text else {}
 
     def _lineage_tags(self, key: str) -> dict[str, str]:
         """Whose weights the run, or branch, of this key began with."""
@@ -234,7 +288,6 @@ class TrackingThread:
         self._stop = threading.Event()
         self._warned = False
         self._completed = False
-        self._last_word: tuple[str, Manifest] | None = None
         self._thread = threading.Thread(target=self._loop, daemon=True, name="tracking")
 
     def __enter__(self) -> TrackingThread:
@@ -252,14 +305,14 @@ class TrackingThread:
         self._completed = True
         self._stop.set()
         self._thread.join(deadline_seconds)
+        # Only once the thread is done: its turns and ours would send the same things twice.
+        if not self._thread.is_alive():
+            with contextlib.suppress(TrackingAway, StorageError):  # what is left is counted below
+                self.forwarder.forward_charts()
         if self._thread.is_alive() or self.forwarder.lag():
             logger.warning(
                 "MLflow is behind; `pma status --run %s` sends the rest once it answers", self.forwarder.run.url
             )
-
-    def register(self, url: str, manifest: Manifest) -> None:
-        """Register a merged checkpoint once everything before it was sent."""
-        self._last_word = (url, manifest)
 
     def _loop(self) -> None:
         assert self.forwarder is not None
@@ -271,8 +324,6 @@ class TrackingThread:
         assert self.forwarder is not None
         try:
             self.forwarder.forward()
-            if self._completed and self._last_word is not None:
-                self.forwarder.register(*self._last_word)
             if self._completed:
                 self.forwarder.finish("FINISHED")
             self._warned = False
@@ -289,7 +340,10 @@ def open_forwarder(run: RunFolder, config: Config) -> Forwarder | None:
         if scheme_of(run.url) != "file":
             logger.warning("tracking.uri is not set and %s is not local: metrics stay in the run's journal", run.url)
             return None
-        uri, location = f"sqlite:///{run.url}/mlflow.db", f"file://{run.url}/mlflow-artifacts"
+        uri = f"sqlite:///{run.url}/mlflow.db"
+    if uri.startswith(SQLITE):
+        # MLflow's own default is a folder of wherever the command was typed.
+        location = f"file://{Path(uri.removeprefix(SQLITE)).absolute().parent}/mlflow-artifacts"
     return Forwarder(run, config, Tracker(uri, config.tracking.experiment, location))
 
 
@@ -297,17 +351,29 @@ def bring_up_to_date(run: RunFolder, config: Config) -> dict[str, Any]:
     """Forward what is pending, for commands that look after a run; reports the lag that remains."""
     forwarder = open_forwarder(run, config)
     if forwarder is None:
-        return {"uri": None, "lag": 0, "error": None}
+        return {"uri": None, "lag": 0, "error": None, "promotions": []}
     error = None
     started = time.monotonic()
     if forwarder.lag():
         try:
             forwarder.forward()
+            forwarder.forward_charts()
         except TrackingAway as away:
             error = str(away)
-    return {"uri": forwarder.tracker.uri, "lag": forwarder.lag(), "error": error, "seconds": time.monotonic() - started}
+    return {
+        "uri": forwarder.tracker.uri,
+        "lag": forwarder.lag(),
+        "error": error,
+        "promotions": list(forwarder.cursor.decisions.values()),
+        "seconds": time.monotonic() - started,
+    }
 
 
 def _label(manifest: Manifest) -> str:
     assert manifest.merge is not None
     return f"{manifest.merge.method}_n{len(manifest.merge.inputs)}"
+
+
+def _key_of(prefix: str) -> str:
+    """Our key of the MLflow run that the folder whose items begin with ``prefix`` is."""
+    return prefix.rstrip("/") or "run"

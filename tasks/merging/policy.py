@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,6 +113,24 @@ class MergePolicy:
                 for rule in map(dataclasses.asdict, self.rules)
             ]
         return values
+
+
+def policy_of(described: Mapping[str, Any], where: str) -> MergePolicy:
+    """The policy that :meth:`MergePolicy.describe` gave ``described`` for; :class:`configs.errors.UserError` if there is none."""
+    kept = [pattern for pattern in str(described.get("keep_dtype", "")).split(", ") if pattern]
+    values = {
+        "rules": described.get("rules", []),
+        "keep_dtype": kept[len(KEEP_DTYPE_PATTERNS) :],
+        **{key: described[key] for key in ("integers", "buffers") if key in described},
+        **({"moments": described["optimizer_moments"]} if "optimizer_moments" in described else {}),
+    }
+    try:
+        policy = parse_record(MergePolicy, values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: the merge policy is not one that this version knows: {error}") from None
+    if policy.describe() != dict(described):
+        raise UserError(f"{where}: this version of pmaflow cannot follow the merge policy {dict(described)}")
+    return policy
 
 
 def parse_policy(text: str, where: str) -> MergePolicy:

@@ -1,0 +1,1 @@
+"""What MLflow shows of a run beyond its metrics: registered versions, datasets, charts and descriptions."""
