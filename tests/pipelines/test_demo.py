@@ -122,12 +122,13 @@ def test_mlflow_holds_tree_metrics_and_registered_alias(demo_run: DemoRun) -> No
         sources = dict(db.execute("select version, source from model_versions").fetchall())
         points = db.execute("select key, count(*) from metrics group by key").fetchall()
         status = {row[0] for row in db.execute("select distinct status from runs")}
-    top = [key for key, name in runs.items() if name == "tiny"]
+    # The run is called by its configuration and its folder.
+    top = [key for key, name in runs.items() if name == "tiny (run)"]
     assert len(top) == 1
     assert set(parents.values()) == set(top)
     assert {"segment 1", "merges", "evaluations"} < {runs[key] for key in parents}
-    assert any(name.startswith("anneal-from-step") for name in runs.values())
-    assert alias == [("pmaflow-tiny", "pma-latest", 1)]
+    assert any(name.startswith("anneal from step") for name in runs.values())
+    assert sorted(alias) == [("pmaflow-tiny", "champion", 1), ("pmaflow-tiny", "pma-latest", 1)]
     assert sources[1].endswith("merged/sma-n3-v51200-step-000000400")
     counts = dict(points)
     assert counts["train/loss"] == 400 + 100

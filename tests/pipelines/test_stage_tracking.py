@@ -46,3 +46,9 @@ def test_mlflow_holds_lineage_of_both_arms_the_start_of_the_curve_and_the_compar
     assert metrics["comparison/final_loss"] == pytest.approx(final["mean"])
     assert metrics["comparison/final_loss_low"] == pytest.approx(final["low"])
     assert "comparison.json" in [item.path for item in client.list_artifacts(runs["run"].info.run_id)]
+    charts = [item.path for item in client.list_artifacts(runs["run"].info.run_id, "charts")]
+    assert "charts/comparison.svg" in charts
+    assert runs["run"].data.tags["mlflow.note.content"].startswith("**Final held-out loss ")
+    for part in ("run", "branches/control"):
+        data = {item.dataset.name: item.tags[0].value for item in runs[part].inputs.dataset_inputs}
+        assert data == {"tiny": "training", "held-out": "evaluation"}
