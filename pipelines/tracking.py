@@ -26,7 +26,7 @@ from cluster.tracking import Point, Tracker, TrackingAway
 from configs.load import config_to_dict, identity_of
 from configs.schema import Config
 from pipelines.tracked import datasets, registration
-from pipelines.tracked.charts import COMPARISONS, draw, pending_charts
+from pipelines.tracked.charts import COMPARISONS, Evidence, draw, pending_charts
 from pipelines.tracked.notes import NOTE_TAG, PARTS, describe_run, describe_segment
 from pipelines.tracked.tree import kind_of, name_of, parent_of
 from pipelines.wording import describe_event
@@ -91,7 +91,7 @@ class Forwarder:
         """Draw and send what charts are due; matplotlib serves one thread, so nobody may draw meanwhile."""
         try:
             for run, prefix, item in self._pending_charts():
-                evidence = draw(run, run.identity().config, item)
+                evidence = self._draw(run, item)
                 for path, text in evidence.artifacts.items() if evidence else ():
                     self.tracker.log_text(self._run_id(_key_of(prefix)), text, path)
                 if evidence and evidence.points:
@@ -127,8 +127,19 @@ class Forwarder:
         found = []
         for run, prefix in self._folders():
             sent = {item.removeprefix(prefix) for item in self.cursor.items if item.startswith(prefix)}
-            found += [(run, prefix, item) for item in pending_charts(run, run.identity().config, sent)]
+            found += [
+                (run, prefix, item) for item in pending_charts(run, run.identity().config, sent, is_branch=bool(prefix))
+            ]
         return found
+
+    def _draw(self, run: RunFolder, item: str) -> Evidence | None:
+        try:
+            return draw(run, run.identity().config, item)
+        except StorageError:
+            raise
+        except Exception:  # a picture of a run must not end it, whatever it is that cannot be drawn
+            logger.warning("%s of %s was not drawn", item, run.url, exc_info=True)
+            return None
 
     def _describe(self) -> None:
         """Set the descriptions that have changed."""

@@ -34,12 +34,13 @@ class Evidence:
     """Metrics."""
 
 
-def pending_charts(run: RunFolder, config: Config, sent: set[str]) -> list[str]:
+def pending_charts(run: RunFolder, config: Config, sent: set[str], *, is_branch: bool) -> list[str]:
     """Items that were not drawn yet, curves only once the run is trained to its end, as ``chart/<what>@<fingerprint of what it is drawn of>``."""
     items = [f"chart/comparison@{_stem(key)}" for key in run.store.keys(COMPARISONS)]
     items += [f"chart/ablation@{_stem(key)}" for key in ablation_keys(run.store)]
     snapshots = run.glances()
-    if snapshots and (snapshots[-1].tokens_seen or 0) >= config.training.total_tokens:
+    # A branch is a curve in its run's chart.
+    if not is_branch and snapshots and (snapshots[-1].tokens_seen or 0) >= config.training.total_tokens:
         shown = fingerprint(_evaluations_below(run))[:16]
         items += [f"chart/held-out@{shown}", f"chart/forecast@{shown}"]
     return [item for item in items if item not in sent]

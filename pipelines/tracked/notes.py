@@ -31,10 +31,7 @@ def describe_run(run: RunFolder, config: Config, decisions: dict[str, Any]) -> s
         what = "began with the weights of" if start.weights_only else f"forked at step {start.step:,} from"
         lines.append(f"- {what} `{start.url}`")
     lines.append(f"- run folder: `{run.url}`")
-    if run.store.exists("report.html"):
-        lines.append(f"- report: `{run.url}/report.html`")
-    else:
-        lines.append(f"- report: `pma report --run {run.url}`")
+    lines.append(f"- report: `{run.url}/report.html`, written by `pma report --run {run.url}`")
     for decision in decisions.values():
         verb = "moved to" if decision["moved"] else "stays where it is;"
         lines.append(

@@ -93,7 +93,7 @@ class Registrar:
                 tags=self._tags(lineage, run_id) | self._measured_tags(digest),
             )
             self.registry.describe_model(self.model, _describe_model(self.config))
-        self.registry.describe(version, describe_version(lineage, self._evaluation(digest), None))
+        self.registry.describe(version, describe_version(version, lineage, self._evaluation(digest), None))
         holder = self.registry.holder(self.model, NEWEST_ALIAS)
         # Another run may have registered a newer one while this one's word was under way.
         if holder is None or float(holder.tags.get(CREATED_TAG, "0")) <= lineage.created:
@@ -115,7 +115,9 @@ class Registrar:
         told = f"{'moved' if decision['moved'] else 'kept'}: {decision['reason']}"
         tags = {PROMOTION_TAG: told, RULE_TAG: decision["rule"], **self._measured_tags(digest)}
         self.registry.set_tags(version, tags)
-        self.registry.describe(version, describe_version(self._lineage(digest), self._evaluation(digest), told))
+        self.registry.describe(
+            version, describe_version(version, self._lineage(digest), self._evaluation(digest), told)
+        )
         self._tell(decision)
 
     def _judge(self, version: Version, digest: str, alias: str) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def describe_rule(margin_errors: float) -> str:
     )
 
 
-def describe_version(lineage: Lineage, evaluation: Evaluation | None, promotion: str | None) -> str:
+def describe_version(version: Version, lineage: Lineage, evaluation: Evaluation | None, promotion: str | None) -> str:
     """The description of a version: what it is worth, then where it came from and how to have it again."""
     merge = lineage.merge
     loss = "not measured yet" if evaluation is None else f"{evaluation.loss:.4f}"
@@ -231,7 +233,7 @@ def describe_version(lineage: Lineage, evaluation: Evaluation | None, promotion:
             *([f"- promotion: {promotion}"] if promotion else []),
             f"- checkpoint: `{lineage.url}`",
             f"- content digest: `{lineage.digest}`",
-            "- made again, bit for bit: `pma rebuild --model NAME/VERSION --output URL`",
+            f"- made again, bit for bit: `pma rebuild --model {version.name} --output URL`",
             "- inputs, oldest first:",
             *inputs,
         ]
