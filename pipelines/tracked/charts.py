@@ -141,6 +141,8 @@ def _forecast(run: RunFolder) -> Evidence | None:
         found = forecast(run.url)
     except UserError:  # Nothing is evaluated, or no anneal fits before the run's end: there is nothing to say.
         return None
+    if found["forecast_loss"] is None:
+        return None
     step, (low, high) = found["step"], found["interval"] or (None, None)
     tokens = step * run.identity().config.training.batch_tokens
     values = {"forecast/loss": found["forecast_loss"], "forecast/low": low, "forecast/high": high}

@@ -110,8 +110,12 @@ class Registrar:
             self._save()
         decision = self._decisions[digest]
         holder = self.registry.holder(self.model, alias)
-        if decision["moved"] and (holder.number if holder else None) == decision["champion"]:
+        is_due = decision["moved"] and not decision["carried_out"]
+        if is_due and (holder.number if holder else None) == decision["champion"]:
             self.registry.set_alias(alias, version)
+        # From here on the alias is left as people or later versions have it.
+        decision["carried_out"] = True
+        self._save()
         told = f"{'moved' if decision['moved'] else 'kept'}: {decision['reason']}"
         tags = {PROMOTION_TAG: told, RULE_TAG: decision["rule"], **self._measured_tags(digest)}
         self.registry.set_tags(version, tags)
@@ -135,6 +139,7 @@ class Registrar:
             "version": version.number,
             "alias": alias,
             "moved": verdict.is_moved,
+            "carried_out": False,
             "champion": None if holder is None else holder.number,
             "loss": new.loss,
             "gain": verdict.gain,
@@ -150,7 +155,9 @@ class Registrar:
         keys = [key for key in self.run.store.keys("events") if key.endswith(f"-{PROMOTION_EVENT}.json")]
         told = [json.loads(self.run.store.read(key)) for key in keys]
         if (decision["digest"], self.tracker.uri) not in [(event["digest"], event["uri"]) for event in told]:
-            details = {key: value for key, value in decision.items() if key not in ("time", "digest", "rule")}
+            details = {
+                key: value for key, value in decision.items() if key not in ("time", "digest", "rule", "carried_out")
+            }
             write_event(
                 self.run.store,
                 PROMOTION_EVENT,

@@ -147,7 +147,7 @@ def _open_inputs(lineage: Lineage, where: str) -> list[Checkpoint]:
         except (UserError, CheckpointError, ObjectMissing) as error:
             gone = open_collected(item.url)
             problems.append(
-                f"  {item.url}: {error}"
+                f"  {item.url}: {str(error).removeprefix(f'{item.url}: ')}"
                 if gone is None
                 else f"  {item.url}: collected by retention on {when(gone[1].collected_at or gone[1].doomed_at)}"
             )

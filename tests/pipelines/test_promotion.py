@@ -57,6 +57,15 @@ def enter(run: RunFolder, config: Config, name: str, *slices: float) -> None:
     register(run, config, f"{run.url}/merged/{name}")
 
 
+def undo(run: RunFolder, config: Config, name: str) -> None:
+    """The cursor as if the driver had been lost between deciding about ``name`` and moving the alias."""
+    cursors, digest = json.loads(run.store.read(CURSOR_KEY)), digest_of(run, name)
+    cursor = cursors[str(config.tracking.uri)]
+    cursor["items"].remove(f"decision/{digest}")
+    cursor["decisions"][digest]["carried_out"] = False
+    run.store.put(CURSOR_KEY, json.dumps(cursors).encode())
+
+
 def tags(config: Config, number: str) -> dict[str, str]:
     version = ModelRegistry(str(config.tracking.uri)).version(MODEL, number)
     assert version is not None
@@ -126,8 +135,18 @@ def test_turns_that_are_repeated_change_nothing_a_person_did_since(run: RunFolde
     assert json.loads(run.store.read(CURSOR_KEY))[uri]["decisions"] == kept
     assert registry.version(MODEL, "3") is None
     assert len(promotions(run)) == 2
-    # Version 2 was judged against version 1, which holds it again: that decision is carried out once more; any other
-    # holder would have stayed.
+    assert aliases(uri, MODEL)["champion"] == "1"
+
+
+def test_decision_that_was_cut_off_before_the_alias_moved_is_carried_out_later(run: RunFolder, config: Config) -> None:
+    uri = str(config.tracking.uri)
+    enter(run, config, "n2", 3.0, 3.1)
+    enter(run, config, "n3", 2.0, 2.1)
+    undo(run, config, "n3")
+    first = ModelRegistry(uri).version(MODEL, "1")
+    assert first is not None
+    ModelRegistry(uri).set_alias("champion", first)
+    catch_up(RunFolder(run.url), config)
     assert aliases(uri, MODEL)["champion"] == "2"
 
 
@@ -136,10 +155,7 @@ def test_decision_made_against_another_champion_does_not_take_the_alias(run: Run
     for name, slices in (("n2", (3.0, 3.1)), ("n3", (2.0, 2.1)), ("n4", (1.0, 1.1))):
         enter(run, config, name, *slices)
     assert aliases(uri, MODEL)["champion"] == "3"
-    cursors = json.loads(run.store.read(CURSOR_KEY))
-    late = f"decision/{digest_of(run, 'n3')}"
-    cursors[uri]["items"].remove(late)
-    run.store.put(CURSOR_KEY, json.dumps(cursors).encode())
+    undo(run, config, "n3")
     catch_up(RunFolder(run.url), config)
     assert aliases(uri, MODEL)["champion"] == "3"
 
