@@ -120,7 +120,6 @@ class Tracker:
 
     def log_datasets(self, run_id: str, datasets: Sequence[TrackedDataset]) -> None:
         """Note what data a run used; the same data again changes nothing."""
-
         if not datasets:
             return
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_gang import train
 from registered import catch_up, make_database
-from short_run import begin, small
+from short_run import SMALL, small
 
 from configs.errors import ConfigError
-from configs.load import identity_of, load_config, override
+from configs.load import config_to_dict, identity_of, load_config, override
 from configs.schema import Config
 from pipelines.tracked.charts import comparison_chart, span_chart
 from pipelines.tracked.datasets import RECORD_KEY, find_facts
@@ -31,10 +31,11 @@ MIXED = (
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Config, str]:
     """A run of 20 steps on two domains, evaluated, and sent to MLflow; the run, its configuration, the server."""
     folder = tmp_path_factory.mktemp("tracked")
-    run, config = begin(folder / "run", "training.total_tokens=2560", "data.sources=[]", MIXED)
+    shape = [item for item in SMALL if not item.startswith("data.sources")]
+    config = load_config("tiny", (*shape, "training.total_tokens=2560", MIXED)).config
+    run = RunFolder(str(folder / "run"))
+    run.begin(config)
     train(run, config)
-    from configs.load import config_to_dict
-
     urls = tuple(snapshot.url for snapshot in run.snapshots())
     evaluate_checkpoints(EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=urls))
     cells = [cell(count, loss) for count, loss in ((2, 3.0), (3, 2.9))]
