@@ -207,6 +207,7 @@ def describe(
         "cells": [_describe_cell(item, raw.get(item.cell.end.step or 0)) for item in scored],
         "ends": ends,
         "lacking": [{"name": name, "reason": reason} for name, reason in lacking.items()],
+        "created": time.time(),
     }
 
 

@@ -160,8 +160,9 @@ def cannot_know(said: Prediction, anneals: list[Anneal], width: float | None, le
 def _beside_trunk(run: RunFolder, config: Config, name: str, fork: int, curve: LossCurve) -> Anneal:
     """The anneal with what the trunk has at its end."""
     end, suite = len(curve.learning_rates), suite_of(config)
-    snapshot: Glance | None = next((glance for glance in run.glances() if glance.step == end), None)
-    merged = run.merged().get(scheduled_rule(config).output_name(end, snapshot.recovery)) if snapshot else None
+    look = run.look()
+    snapshot: Glance | None = next((glance for glance in look.snapshots() if glance.step == end), None)
+    merged = look.merged().get(scheduled_rule(config).output_name(end, snapshot.recovery)) if snapshot else None
     return Anneal(
         name=name,
         fork_step=fork,

@@ -24,8 +24,8 @@ def held_out_chart(data: ReportData) -> str:
         _zoom(end, data)
         whole.set_title("Whole run", loc="left", fontsize=10)
         end.set_title("From shortly before the fork" if data.fork_tokens else "The end", loc="left", fontsize=10)
-        whole.set_ylabel("held-out loss (nats per byte)")
-        return to_svg(figure)
+        whole.set_ylabel("held-out loss (nats per token)")
+        return to_svg(figure, title="Held-out loss over tokens seen", description=_describe_losses(data))
 
 
 def training_chart(data: ReportData) -> str:
@@ -53,7 +53,7 @@ def training_chart(data: ReportData) -> str:
             axes.set_title(title, loc="left", fontsize=10)
             axes.set_xlabel("tokens seen (millions)")
         panels[0].legend(loc="upper right")
-        return to_svg(figure)
+        return to_svg(figure, title="Training over tokens seen", description=_describe_training(data))
 
 
 def router_chart(data: ReportData) -> str:
@@ -88,7 +88,30 @@ def router_chart(data: ReportData) -> str:
         panels[2].set_ylim(bottom=-0.05)
         if len(layers) <= 8:
             panels[0].legend(loc="lower right")
-        return to_svg(figure)
+        return to_svg(
+            figure,
+            title="Router health over tokens seen",
+            description=f"Load entropy, busiest expert and dead experts of {len(layers)} layers with experts.",
+        )
+
+
+def _describe_losses(data: ReportData) -> str:
+    ends = [("raw snapshots", data.raw), ("merges", data.merged)]
+    ends += [(f"branch {name}", rows) for name, rows in data.branches.items()]
+    told = [
+        f"{label} from {rows[0].evaluation.loss:.4f} to {rows[-1].evaluation.loss:.4f} at {rows[-1].tokens / 1e6:.2f} M tokens"
+        for label, rows in ends
+        if rows
+    ]
+    return f"Lines: {'; '.join(told)}."
+
+
+def _describe_training(data: ReportData) -> str:
+    losses = [row.metrics["train/loss"] for row in data.journal if "train/loss" in row.metrics]
+    return (
+        f"Training loss, learning rate and gradient norm over {len(losses):,} steps; the loss goes from {losses[0]:.3f} to "
+        f"{losses[-1]:.3f}."
+    )
 
 
 def _plot_losses(axes: Axes, data: ReportData) -> None:

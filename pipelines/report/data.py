@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from cluster.fan_out import fan_out_local
 from cluster.journal import Measurement, latest, read_events, read_journal, read_journals
+from cluster.storage import Store, open_store
 from configs.schema import Config
+from pipelines.report.evidence import Evidence, gather_evidence
 from pipelines.timing import stage_seconds
-from tasks.checkpoints.manifest import Manifest
+from tasks.checkpoints.catalog import NUM_READERS, Glance
+from tasks.checkpoints.manifest import Merge, read_manifest
 from tasks.checkpoints.recoveries import Recovery, read_confirmations
 from tasks.checkpoints.run_folder import RunFolder, RunIdentity
-from tasks.evaluation.held_out import Evaluation, read_evaluation, suite_of
+from tasks.evaluation.held_out import FOLDER, Evaluation, evaluation_key, read_evaluation, suite_of
 from tasks.merging.schedule import scheduled_rule
+from tasks.merging.selection import on_grid
 from tasks.recovery.phases import RecoveryPhases, recovery_phases
 
 
@@ -24,7 +29,7 @@ class Evaluated:
 
     name: str
     """Folder name."""
-    manifest: Manifest
+    glance: Glance
     """What it is."""
     evaluation: Evaluation
     """Its loss."""
@@ -32,7 +37,17 @@ class Evaluated:
     @property
     def tokens(self) -> int:
         """Tokens seen."""
-        return self.manifest.tokens_seen or 0
+        return self.glance.tokens_seen or 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A merge that ends at the last step, with how it came to be."""
+
+    row: Evaluated
+    """The checkpoint."""
+    merge: Merge
+    """Method, inputs and weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +70,14 @@ class ReportData:
     """Snapshots of the trunk."""
     merged: list[Evaluated]
     """Scheduled merges, by tokens."""
-    comparison: list[Evaluated]
+    comparison: list[Compared]
     """Every merge that ends at the last step."""
+    last: Glance | None
+    """The newest snapshot, evaluated or not."""
+    unhealthy: list[int]
+    """Steps of snapshots before which a step was not finite."""
+    num_unevaluated: int
+    """Snapshots on the grid and merges without a record of their loss."""
     branches: dict[str, list[Evaluated]]
     """Snapshots of each branch."""
     fork_tokens: dict[str, int]
@@ -81,6 +102,13 @@ class ReportData:
     """Time that training stood still for snapshots."""
     merge_seconds: float
     """Time spent merging, beside training."""
+    evidence: Evidence
+    """What other commands put on record: forecast, ablations, arms, scores."""
+
+    @property
+    def num_alarms(self) -> int:
+        """Segments that ended with a spike."""
+        return sum(1 for segment in self.segments if segment["end"] and segment["end"]["reason"] == "spike")
 
 
 def gather(run_url: str) -> ReportData:
@@ -98,9 +126,11 @@ def gather(run_url: str) -> ReportData:
     recoveries = run.recoveries()
     journal, left_behind = split_journals(journals, segments, recoveries)
     plans = [segment["plan"] for item in everyone for segment in item.segments()]
-    raw = _evaluated_snapshots(run, config)
-    last = run.snapshots()[-1].step if run.snapshots() else 0
-    merges = _evaluated_merges(run, config)
+    look, suite = run.look(), suite_of(config)
+    snapshots, merged = look.snapshots(), look.merged()
+    measured = read_evaluations(run.store, [*snapshots, *merged.values()], suite)
+    last = snapshots[-1] if snapshots else None
+    merges = sorted(with_loss(merged, measured), key=lambda row: row.tokens)
     rule = scheduled_rule(config)
     return ReportData(
         identity=identity,
@@ -109,10 +139,13 @@ def gather(run_url: str) -> ReportData:
         journal=journal,
         left_behind=left_behind,
         branch_journals=branch_journals,
-        raw=raw,
-        merged=[m for m in merges if m.manifest.step is not None and m.name == rule.name_at(m.manifest)],
-        comparison=[m for m in merges if m.manifest.step == last],
-        branches={name: _evaluated_snapshots(branch, branch.identity().config) for name, branch in branches.items()},
+        raw=with_loss(named(snapshots), measured),
+        merged=[m for m in merges if m.glance.step is not None and m.name == rule.name_at(m.glance)],
+        comparison=[found for m in merges if last and m.glance.step == last.step for found in _compared(m)],
+        last=last,
+        unhealthy=[glance.step or 0 for glance in snapshots if not glance.healthy],
+        num_unevaluated=sum(g.digest not in measured for g in [*on_grid(snapshots), *merged.values()]),
+        branches={name: _evaluated_snapshots(branch) for name, branch in branches.items()},
         fork_tokens={name: s.tokens_seen for name, b in branches.items() if (s := b.identity().start) is not None},
         segments=segments,
         recoveries=recoveries,
@@ -126,6 +159,7 @@ def gather(run_url: str) -> ReportData:
             m.metrics.get("snapshot/stall_seconds", 0.0) for rows in [journal, *branch_journals.values()] for m in rows
         ),
         merge_seconds=sum(float(str(e["seconds"])) for e in events if e["kind"] == "merge"),
+        evidence=gather_evidence(run, config),
     )
 
 
@@ -151,25 +185,38 @@ def _unanswered(events: list[dict[str, Any]]) -> str:
     return str(newest["message"]) if newest and newest["kind"] == "spike-unanswered" else ""
 
 
-def _evaluated_snapshots(run: RunFolder, config: Config) -> list[Evaluated]:
+def named(snapshots: Iterable[Glance]) -> dict[str, Glance]:
+    """``snapshots`` by what the page calls them."""
+    return {f"step {glance.step}": glance for glance in snapshots}
+
+
+def read_evaluations(store: Store, glances: Sequence[Glance], suite: str) -> dict[str, Evaluation]:
+    """What is on record of ``glances``, by digest; several reads at once, as there may be thousands."""
+    there = set(store.keys(FOLDER))
+    digests = {g.digest for g in glances if evaluation_key(g.digest, suite) in there}
+    found = fan_out_local(lambda d: read_evaluation(store, d, suite), sorted(digests), num_workers=NUM_READERS)
+    return {evaluation.digest: evaluation for evaluation in found if evaluation is not None}
+
+
+def with_loss(glances: Mapping[str, Glance], measured: Mapping[str, Evaluation]) -> list[Evaluated]:
     """Those with a finite loss: another has no place on an axis, and ``pma status`` names it."""
-    suite = suite_of(config)
-    rows = []
-    for snapshot in run.snapshots():
-        evaluation = read_evaluation(run.store, snapshot.manifest.digest, suite)
-        if evaluation is not None and math.isfinite(evaluation.loss):
-            rows.append(Evaluated(name=f"step {snapshot.step}", manifest=snapshot.manifest, evaluation=evaluation))
-    return rows
+    return [
+        Evaluated(name=name, glance=glance, evaluation=measured[glance.digest])
+        for name, glance in glances.items()
+        if glance.digest in measured and math.isfinite(measured[glance.digest].loss)
+    ]
 
 
-def _evaluated_merges(run: RunFolder, config: Config) -> list[Evaluated]:
-    suite = suite_of(config)
-    rows = []
-    for name, manifest in run.merged().items():
-        evaluation = read_evaluation(run.store, manifest.digest, suite)
-        if evaluation is not None and math.isfinite(evaluation.loss):
-            rows.append(Evaluated(name=name, manifest=manifest, evaluation=evaluation))
-    return sorted(rows, key=lambda row: row.tokens)
+def _evaluated_snapshots(branch: RunFolder) -> list[Evaluated]:
+    glances = branch.glances()
+    measured = read_evaluations(branch.store, glances, suite_of(branch.identity().config))
+    return with_loss(named(glances), measured)
+
+
+def _compared(row: Evaluated) -> list[Compared]:
+    """``row`` with how it was merged; nothing if it is no merge."""
+    merge = read_manifest(open_store(row.glance.url))[0].merge
+    return [] if merge is None else [Compared(row=row, merge=merge)]
 
 
 Key = TypeVar("Key")

@@ -20,7 +20,7 @@ def draw_steps(data: ReportData) -> str:
     answer = plan("demo" if data.branches and _ends_as_demo(data) else "pretrain", data.config, data.url)
     boxes = "".join(_box(row) for row in answer["steps"])
     mermaid = html.escape(answer["mermaid"])
-    return f'<div class="steps">{boxes}</div><details><summary>As Mermaid text</summary><pre>{mermaid}</pre></details>'
+    return f'<ul class="steps">{boxes}</ul><details><summary>As Mermaid text</summary><pre>{mermaid}</pre></details>'
 
 
 def _ends_as_demo(data: ReportData) -> bool:
@@ -33,6 +33,6 @@ def _box(row: dict[str, Any]) -> str:
     pieces = f"{row['units_done']:,} of {row['units']:,}" if row["units"] else ""
     after = f"after {', '.join(row['needs'])}" if row["needs"] else ""
     return (
-        f'<div class="step {row["state"]}"><b>{html.escape(row["step"])}</b><span>{row["state"]} {pieces}</span>'
-        f"<small>{html.escape(after)}</small></div>"
+        f'<li class="step {row["state"]}"><b>{html.escape(row["step"])}</b><span>{row["state"]} {pieces}</span>'
+        f"<small>{html.escape(after)}</small></li>"
     )

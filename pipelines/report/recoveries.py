@@ -10,19 +10,19 @@ from matplotlib import pyplot
 from cluster.journal import Measurement
 from pipelines.report.data import ReportData
 from pipelines.report.drawing import GREY, MERGED, RAW, STYLE, bin_means, to_svg
-from pipelines.report.tables import caption, table
+from pipelines.report.tables import Number, caption, number, table
 from pipelines.wording import format_seconds
 from tasks.checkpoints.recoveries import Recovery
 
 
-def recoveries_section(data: ReportData, chart: str) -> str:
+def recoveries_section(data: ReportData, drawn: str) -> str:
     """The section's HTML; empty text for a run without recoveries and without a spike that had no answer."""
     if not data.recoveries and not data.given_up:
         return ""
-    head = ["", "spike", "onset, alarm", "went on from", "moments", "learning rate", "data skipped", "outcome"]
+    head = ["recovery", "spike", "onset, alarm", "went on from", "moments", "learning rate", "data skipped", "outcome"]
     rows = [_row(recovery, data) for recovery in data.recoveries]
     given_up = f"<p><strong>Given up.</strong> {html.escape(data.given_up)}</p>" if data.given_up else ""
-    return given_up + (table(head, rows) if rows else "") + chart + _phases(data)
+    return given_up + (table("Recoveries", head, rows) if rows else "") + drawn + _phases(data)
 
 
 def recovery_chart(data: ReportData) -> str:
@@ -53,14 +53,18 @@ def recovery_chart(data: ReportData) -> str:
         axes.set_xlabel("tokens seen (millions)")
         axes.set_ylabel("training loss (nats)")
         axes.legend(loc="upper right")
-        return to_svg(figure)
+        told = "; ".join(
+            f"recovery {r.number} from the alarm at step {r.alarm_step:,} back to step {r.start.step:,}"
+            for r in data.recoveries
+        )
+        return to_svg(figure, title="Training loss and what recoveries left behind", description=f"{told}.")
 
 
 def _points(rows: list[Measurement]) -> list[tuple[float, float]]:
     return [(m.tokens / 1e6, m.metrics["train/loss"]) for m in rows if "train/loss" in m.metrics]
 
 
-def _row(recovery: Recovery, data: ReportData) -> list[str]:
+def _row(recovery: Recovery, data: ReportData) -> list[str | Number]:
     skipped = sum(skip.count for skip in recovery.skips)
     if recovery.number in data.confirmed:
         outcome = "held"
@@ -70,7 +74,7 @@ def _row(recovery: Recovery, data: ReportData) -> list[str]:
         outcome = "not confirmed yet"
     start = "step" if recovery.count == 1 else f"mean of {recovery.count} up to step"
     return [
-        f"{recovery.number}",
+        number(recovery.number, "d"),
         f"{recovery.incident}, try {recovery.attempt}: {html.escape(recovery.policy)}",
         f"{recovery.onset_step:,}, {recovery.alarm_step:,}",
         f"{start} {recovery.start.step:,}",
@@ -86,11 +90,14 @@ def _phases(data: ReportData) -> str:
         return ""
     head = ["recovery", "segment ended", "decided", "merged", "restored", "first step", "alarm to first step"]
     rows = [
-        [str(p.recovery), *(f"{x:.1f} s" for x in (p.stop, p.decide, p.merge, p.restart, p.first_step, p.total))]
+        [
+            number(p.recovery, "d"),
+            *(number(x, ".1f", " s") for x in (p.stop, p.decide, p.merge, p.restart, p.first_step, p.total)),
+        ]
         for p in data.phases
     ]
     vain = sum(len(rows) for rows in data.left_behind) * data.config.training.batch_tokens
     total = format_seconds(sum(p.total for p in data.phases))
-    return table(head, rows) + caption(
+    return table("How long recoveries took", head, rows) + caption(
         f"{vain / 1e6:.2f} M tokens trained in vain; {total} from alarms to first steps."
     )

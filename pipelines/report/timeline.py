@@ -10,7 +10,7 @@ from matplotlib import pyplot
 
 from cluster.journal import Measurement
 from pipelines.report.data import ReportData
-from pipelines.report.drawing import ANNEALED, GREY, MERGED, RAW, STYLE, to_svg
+from pipelines.report.drawing import ANNEALED, GREY, MERGED, PAPER, RAW, STYLE, to_svg
 
 MARGIN_STEPS = 6
 """Drawn before and after the snapshot."""
@@ -90,16 +90,18 @@ def snapshot_timeline(data: ReportData) -> str:
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(10, 2.1))
         spans = [bar(t.start + t.stall, t.end) for t in near]
-        axes.broken_barh(spans, (2.6, 0.8), facecolors=RAW, edgecolors="white", linewidth=1.0)
+        axes.broken_barh(spans, (2.6, 0.8), facecolors=RAW, edgecolors=PAPER, linewidth=1.0)
         stalls = [bar(t.start, t.start + t.stall) for t in near if t.stall]
-        axes.broken_barh(stalls, (1.6, 0.8), facecolors=MERGED, hatch="////", edgecolors="white")
+        axes.broken_barh(stalls, (1.6, 0.8), facecolors=MERGED, hatch="////", edgecolors=PAPER)
         axes.broken_barh([bar(copied, shown.uploaded)], (0.6, 0.8), facecolors=ANNEALED)
         axes.broken_barh([bar(shown.uploaded, shown.committed)], (0.6, 0.8), facecolors=GREY)
         axes.set_axisbelow(True)
         axes.set_yticks([3.0, 2.0, 1.0], ["steps", "copy to host\n(training stands still)", "upload, commit"])
         axes.set_xlim(1000 * (window[0] - first.start), 1000 * (window[1] - first.start))
         axes.set_xlabel("milliseconds from the snapshot's beginning")
-        return to_svg(figure)
+        return to_svg(
+            figure, title="A snapshot beside the steps that ran meanwhile", description=timeline_caption(data)
+        )
 
 
 def timeline_caption(data: ReportData) -> str:
