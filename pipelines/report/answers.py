@@ -147,13 +147,12 @@ def what_next(data: ReportData) -> Answer:
     asked = Answer(question="What next?", verdict="Nothing is open", text="All that the report shows is on record.")
     if not steps:
         return asked
-    items = "".join(
-        f"<li>{html.escape(why)}{f': <code>{html.escape(command)}</code>' if command else ''}</li>"
-        for why, command in steps[:NEXT_STEPS]
-    )
+    (why, command), *others = steps[:NEXT_STEPS]
     more = len(steps) - NEXT_STEPS
-    left = f"<p>{more} more after that.</p>" if more > 0 else ""
-    return replace(asked, verdict=steps[0][0], text=f"<ul>{items}</ul>{left}")
+    left = [f"<li>and {more} more</li>"] if more > 0 else []
+    items = [f"<li>{html.escape(later)}: <code>{html.escape(how)}</code></li>" for later, how in others]
+    then = f"<p>Then:</p><ul>{''.join([*items, *left])}</ul>" if items else ""
+    return replace(asked, verdict=why, text=f"<code>{html.escape(command)}</code>{then}")
 
 
 def open_steps(data: ReportData) -> list[tuple[str, str]]:
@@ -186,7 +185,7 @@ def _schedule_step(data: ReportData) -> list[tuple[str, str]]:
     ):  # fmt: skip
         return []
     values = f"merge.method={wanted['method']} merge.count={wanted['count']} merge.interval_tokens={wanted['interval_tokens']}"
-    return [("The ablation recommends another window than the schedule has; for the next run", values)]
+    return [("Take the window that the ablation recommends in the next run", values)]
 
 
 def _fork_step(data: ReportData) -> int | None:

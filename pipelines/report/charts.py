@@ -118,11 +118,12 @@ def _plot_losses(axes: Axes, data: ReportData) -> None:
     _plot(axes, data.raw, RAW, "-", "o", "raw snapshots")
     rule = f"{data.config.merge.method.upper()} of {data.config.merge.count}"
     _plot(axes, data.merged, MERGED, "--", "s", f"merged ({rule}), constant learning rate")
-    for name, rows in data.branches.items():
+    for number, (name, rows) in enumerate(data.branches.items()):
+        label = "_" if number else "annealing branch"
         fork = data.fork_tokens.get(name, 0) / 1e6
         # The branch begins at the snapshot it was forked from.
         start = [row for row in data.raw if row.tokens == data.fork_tokens.get(name)]
-        _plot(axes, [*start, *rows], ANNEALED, "-.", "^", "annealing branch")
+        _plot(axes, [*start, *rows], ANNEALED, "-.", "^", label)
         axes.axvline(fork, color=GREY, linewidth=0.8, linestyle=":")
         axes.annotate(
             "fork",

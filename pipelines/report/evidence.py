@@ -79,6 +79,7 @@ def tracking_url(store: Store, config: Config) -> str:
     return f"{uri.rstrip('/')}/#/runs/{quote(run_id)}" if run_id else ""
 
 
-def _age(record: dict[str, Any]) -> tuple[float, int]:
-    """Orders ablations by when they were made; records of before that was noted by where they end, and first."""
-    return float(record.get("created", 0.0)), max((end["step"] for end in record["ends"]), default=0)
+def _age(record: dict[str, Any]) -> tuple[float, int, int]:
+    """Orders ablations by when they were made; records of before that was noted come first, by where they end and their size."""
+    newest = max((end["step"] for end in record["ends"]), default=0)
+    return float(record.get("created", 0.0)), newest, len(record["cells"])

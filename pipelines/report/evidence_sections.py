@@ -26,6 +26,8 @@ def evidence_charts(data: ReportData) -> dict[str, str]:
         charts |= {f"ablation-{number}": svg for number, svg in enumerate(maps.values(), 1)}
         for end in record["ends"]:
             cells = [cell for cell in record["cells"] if cell["end_step"] == end["step"]]
+            if len(end["spans"]) < 2:
+                continue
             charts[f"span-{end['step']}"] = span_view(cells, end)
     for place, comparison in enumerate(data.evidence.comparisons, 1):
         if any(seed["curve"] for seed in comparison["seeds"]):
@@ -60,9 +62,11 @@ def ablation_section(data: ReportData, charts: Mapping[str, str]) -> str:
     record = data.evidence.ablation
     if record is None:
         return ""
-    maps = "".join(chart(svg) for name, svg in charts.items() if name.startswith("ablation-"))
+    maps = "".join(chart(svg, wide=False) for name, svg in charts.items() if name.startswith("ablation-"))
     spans = "".join(
-        chart(svg, "If the points fall on one line, the span decides and N and V do not matter on their own.")
+        chart(
+            svg, "If the points fall on one line, the span decides and N and V do not matter on their own.", wide=False
+        )
         for name, svg in charts.items()
         if name.startswith("span-")
     )
@@ -89,7 +93,9 @@ def arms_section(data: ReportData, charts: Mapping[str, str]) -> str:
             f"{record['confidence']:.0%} {over}; ratios are of the arm to its control."
         )
         svg = charts.get(f"arms-{place}", "")
-        drawn = chart(svg, "Bands are intervals over held-out slices, of each seed by itself.") if svg else ""
+        drawn = (
+            chart(svg, "Bands are intervals over held-out slices, of each seed by itself.", wide=False) if svg else ""
+        )
         parts.append(
             f"<h3>{html.escape(name)}</h3>{drawn}{_differences(record, place)}{caption(note)}{_arms(record, place)}"
         )
@@ -111,7 +117,13 @@ def _anneals(said: Mapping[str, Any]) -> str:
         ]
         for row in said["anneals"]
     ]
-    head = ["branch", "fork step", "end step", "annealed loss", *(f"error of {PREDICTORS[name]}" for name in names)]
+    head = [
+        "branch",
+        "fork step",
+        "end step",
+        "annealed loss",
+        *(f"error of {name.replace('_', ' ')}" for name in names),
+    ]
     return table("Real anneals", head, rows)
 
 

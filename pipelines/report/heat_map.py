@@ -16,6 +16,8 @@ from pipelines.report.drawing import described_by, slug, titles
 PALE, DEEP = (232, 241, 250), (8, 64, 129)
 CELL_WIDTH, CELL_HEIGHT = 112, 48
 LEFT, TOP = 64, 66
+LETTER_WIDTH = 8
+"""Of bold text, rather more than less."""
 Cell = Mapping[str, Any]
 """A cell of an ablation record: ``method``, ``alpha``, ``count``, ``interval_tokens``, ``end_step``, ``name``, ``loss``."""
 
@@ -62,7 +64,8 @@ def heat_map(cells: Sequence[Cell], *, title: str, scale: Scale, marks: Mapping[
     counts = sorted({int(cell["count"]) for cell in cells})
     intervals = sorted({int(cell["interval_tokens"]) for cell in cells})
     losses = {(int(cell["count"]), int(cell["interval_tokens"])): cell for cell in cells}
-    width, height = LEFT + CELL_WIDTH * len(intervals) + 8, TOP + CELL_HEIGHT * len(counts) + 8
+    width = max(LEFT + CELL_WIDTH * len(intervals) + 8, 16 + LETTER_WIDTH * len(title))
+    height = TOP + CELL_HEIGHT * len(counts) + 8
     parts = [_text(8, 20, title, weight="bold"), _text(LEFT, 40, "V, tokens between snapshots", muted=True)]
     parts += [_text(_x(i) + CELL_WIDTH / 2, 58, f"{v:,}", anchor="middle") for i, v in enumerate(intervals)]
     for row, count in enumerate(counts):

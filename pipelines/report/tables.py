@@ -38,10 +38,10 @@ def section(title: str, body: str) -> str:
     )
 
 
-def chart(svg: str, note: str = "") -> str:
-    """A chart with the note under it, in a box that scrolls where the screen is narrow."""
+def chart(svg: str, note: str = "", *, wide: bool = True) -> str:
+    """A chart with the note under it, in a box that scrolls where the screen is narrow; one that is not wide keeps its size."""
     below = f"<figcaption>{html.escape(note)}</figcaption>" if note else ""
-    return f'<figure><div class="scroll chart">{svg}</div>{below}</figure>'
+    return f'<figure><div class="scroll chart{"" if wide else " own-size"}">{svg}</div>{below}</figure>'
 
 
 def caption(text: str) -> str:

@@ -1,6 +1,6 @@
 """A run as its URL shows it: identity, snapshots, merged checkpoints, segments, branches.
 
-Committed manifests never change, so one that was read is kept.
+Neither a run's identity nor a committed manifest ever changes, so what was read of them is kept.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class RunFolder:
     def __init__(self, url: str) -> None:
         self.store = open_store(url)
         self._manifests: dict[str, Manifest] = {}
+        self._identity: RunIdentity | None = None
         self.catalog = Catalog(self.store)
 
     @property
@@ -100,18 +101,21 @@ class RunFolder:
 
     def identity(self) -> RunIdentity:
         """Identity of the run; :class:`configs.errors.UserError` if there is no run here."""
+        if self._identity is not None:
+            return self._identity
         data = self.store.read_if_present(RUN_KEY)
         if data is None:
             raise UserError(f"{self.url} holds no run (no {RUN_KEY}); check --run")
         values = json.loads(data)
         start = values["start"]
-        return RunIdentity(
+        self._identity = RunIdentity(
             run_id=values["run_id"],
             config=config_from_dict(values["config"]),
             start=StartPoint(**start) if start else None,
             code_version=values["code_version"],
             created=values["created"],
         )
+        return self._identity
 
     def begin(self, config: Config, start: StartPoint | None = None) -> RunIdentity:
         """Create the run, or check that the run that is here has the same configuration and start.
