@@ -33,7 +33,7 @@ def test_recovery_is_told_with_its_outcome_and_phases(recovered: RunFolder) -> N
     page = page_of(recovered)
     section = page[page.index("Loss spikes and recoveries") :]
     section = section[: section.index("</section>")]
-    cells = re.findall(r"<td>(.*?)</td>", section)
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", section[section.index("<tbody>") :])
     assert cells[:4] == ["1", "1, try 1: pma", "46, 46", "mean of 3 up to step 40"]
     assert cells[7] == "held"
     assert "<svg" in section and "alarm to first step" in section
@@ -75,7 +75,7 @@ def test_run_that_gave_up_says_what_was_tried(tmp_path: Path) -> None:
 def test_run_that_has_not_trained_a_step_has_a_report(tmp_path: Path) -> None:
     run, _ = begin(tmp_path / "run")
     page = page_of(run)
-    assert "Nothing yet" in page and "Loss spikes" not in page and "A snapshot beside" not in page
+    assert "It has not trained a step" in page and "Loss spikes" not in page and "A snapshot beside" not in page
 
 
 def test_run_without_spikes_has_no_section_of_them(tmp_path: Path) -> None:
