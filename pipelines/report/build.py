@@ -35,10 +35,7 @@ STARTUP_PHASES = {
 def write_report(run_url: str) -> str:
     """Write the report into the run folder, hand a copy to MLflow if it answers, and return its URL."""
     run = RunFolder(run_url)
-    data = gather(run_url)
-    charts = draw(data)
-    page = render(data, charts)
-    run.store.put(REPORT_KEY, page.encode())
+    page, charts = write_page(run)
     forwarder = open_forwarder(run, run.identity().config)
     if forwarder is not None:
         try:
@@ -49,6 +46,15 @@ def write_report(run_url: str) -> str:
         except TrackingAway:
             pass  # the report is in the run folder; pma status shows the lag
     return f"{run.url}/{REPORT_KEY}"
+
+
+def write_page(run: RunFolder) -> tuple[str, dict[str, str]]:
+    """Write the report into the run folder; returns the page and its charts, as SVG by name."""
+    data = gather(run.url)
+    charts = draw(data)
+    page = render(data, charts)
+    run.store.put(REPORT_KEY, page.encode())
+    return page, charts
 
 
 def draw(data: ReportData) -> dict[str, str]:
