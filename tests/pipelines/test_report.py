@@ -31,7 +31,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def test_recovery_is_told_with_its_outcome_and_phases(recovered: RunFolder) -> None:
     page = page_of(recovered)
-    section = page[page.index("Loss spikes and recoveries") :]
+    section = page[page.index('<section id="loss-spikes-and-recoveries"') :]
     section = section[: section.index("</section>")]
     cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", section[section.index("<tbody>") :])
     assert cells[:4] == ["1", "1, try 1: pma", "46, 46", "mean of 3 up to step 40"]
