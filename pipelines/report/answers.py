@@ -14,6 +14,7 @@ from pipelines.report.data import Evaluated, ReportData
 from pipelines.report.heat_map import method_label
 from tasks.evaluation.paired import CONFIDENCE, paired_difference
 
+PREDICTORS_IN_FULL = PREDICTORS | {"combined": "the mean of the law and of the merge with the offset of real anneals"}
 NEXT_STEPS = 3
 """At most so many are named."""
 
@@ -110,7 +111,7 @@ def what_annealing_gives(data: ReportData) -> Answer:
     )
     text = (
         f"An anneal over {millions(said['anneal_tokens'])} that ends at step {said['step']:,}{width}, by "
-        f"{PREDICTORS[said['predictor']]}{off}."
+        f"{PREDICTORS_IN_FULL[said['predictor']]}{off}."
     )
     real = [f"{a['annealed_loss']:.4f} at step {a['end_step']:,}" for a in said["anneals"]]
     if real:
@@ -134,9 +135,10 @@ def which_window(data: ReportData) -> Answer:
     cells = {cell["name"]: cell for cell in record["cells"]}
     chosen, best = cells[end["chosen"]], cells[end["best"]]
     others = len(end["not_told_apart"]) - 1
+    tried = sum(1 for cell in cells.values() if cell["end_step"] == end["step"]) - 1
     text = (
         f"Loss {chosen['loss']:.4f} at step {end['step']:,}, the lowest of the grid is {best['loss']:.4f} "
-        f"({_window(best)}); {others} of {len(cells) - 1} others {'is' if others == 1 else 'are'} not told apart from it."
+        f"({_window(best)}); {others} of {tried} others {'is' if others == 1 else 'are'} not told apart from it."
     )
     return replace(asked, verdict=_window(chosen), text=html.escape(text), state="good")
 
