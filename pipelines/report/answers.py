@@ -19,6 +19,11 @@ NEXT_STEPS = 3
 """At most so many are named."""
 
 
+State = Literal["good", "bad", "open"]
+STATES: dict[int, State] = {1: "good", -1: "bad", 0: "open"}
+"""By the sign of what merging gains."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """One question of whoever answers for the run."""
@@ -29,7 +34,7 @@ class Answer:
     """The answer in a few words, plain text."""
     text: str
     """What it stands on; HTML."""
-    state: Literal["good", "bad", "open"] = "open"
+    state: State = "open"
     """How it looks for the run."""
 
 
@@ -90,7 +95,7 @@ def what_merging_gives(data: ReportData) -> Answer:
     verdict = f"{abs(gain):.4f} nats {'lower' if gain > 0 else 'higher'}" + (
         "" if sign else ", not told apart from none"
     )
-    return replace(asked, verdict=verdict, text=html.escape(text), state={1: "good", -1: "bad"}.get(sign, "open"))
+    return replace(asked, verdict=verdict, text=html.escape(text), state=STATES[sign])
 
 
 def what_annealing_gives(data: ReportData) -> Answer:

@@ -20,7 +20,8 @@ VERDICTS = {-1: "lower", 0: "not told apart", 1: "higher"}
 
 def evidence_charts(data: ReportData) -> dict[str, str]:
     """Charts of ablation and arms, as SVG by name."""
-    record, charts = data.evidence.ablation, {}
+    record = data.evidence.ablation
+    charts: dict[str, str] = {}
     if record is not None:
         maps = heat_maps(record["cells"], record["ends"])
         charts |= {f"ablation-{number}": svg for number, svg in enumerate(maps.values(), 1)}
