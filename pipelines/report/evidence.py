@@ -12,7 +12,8 @@ from configs.errors import UserError
 from configs.schema import Config
 from pipelines.ablate import FOLDER as ABLATIONS
 from pipelines.forecast import forecast
-from pipelines.tracking import COMPARISONS, CURSOR_KEY
+from pipelines.tracked.charts import COMPARISONS
+from pipelines.tracking import CURSOR_KEY
 from tasks.checkpoints.run_folder import RunFolder
 from tasks.evaluation.task_scores import TaskScores, all_scores
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pipelines.report.drawing import ANNEALED, DASHES, GREY, LAYERS, MERGED, RAW, STYLE, to_svg
 from pipelines.study.layout import Study
@@ -19,42 +21,37 @@ MARKERS = "osD^vP"
 
 def draw_charts(study: Study, results: Results, findings: Sequence[Finding]) -> dict[str, tuple[str, str]]:
     """SVG and caption of every chart, by file name."""
+    drawers: dict[str, tuple[Callable[[Study, Results], Figure], str]] = {
+        "forks": (_forks, "Constant learning rate, its merges, and real anneals from each fork, first seed."),
+        "grid": (
+            _grid,
+            "Loss of SMA merges less that of the raw model, mean over seeds: below zero, the merge is better.",
+        ),
+        "span": (_span, "The same cells by span, (N-1)V: a line per seed and end point."),
+        "inside": (_inside, "Merges of the last anneal's own snapshots."),
+        "curves": (
+            _curves,
+            "Decay curves as merge weights over the span of the last anneal, beside that anneal; a dot a seed.",
+        ),
+        "forecast": (_forecast, "Errors of predictors of the annealed loss, a dot per real anneal."),
+        "hessian": (_hessian, "Gain over the mean snapshot: measured, and half the trace of H Cov, a dot a seed."),
+        "contour": (
+            _contour,
+            "Loss in the plane of two tensors of the last layer: snapshots (dots), their average (cross).",
+        ),
+    }
+    for kind, title in (("continued", "Continued training"), ("sft", "SFT")):
+        if any(finding.name == title for finding in findings):
+            caption = f"{title}: difference in held-out loss of each arm from its control, at the start and at the end."
+            drawers[kind] = (partial(_arms, kind=kind), caption)
     with pyplot.rc_context(STYLE):
-        charts = {
-            "forks.svg": (
-                _forks(study, results),
-                "Constant learning rate, its merges, and real anneals from each fork, first seed.",
-            ),
-            "grid.svg": (
-                _grid(study, results),
-                "Loss of SMA merges less that of the raw model, mean over seeds: below zero, the merge is better.",
-            ),
-            "span.svg": (_span(study, results), "The same cells by span, (N-1)V: one line per seed and end point."),
-            "inside.svg": (_inside(study, results), "Merges of the last anneal's own snapshots."),
-            "curves.svg": (
-                _curves(study, results),
-                "Decay curves as merge weights over the span of the last anneal, beside that anneal; a dot a seed.",
-            ),
-            "forecast.svg": (
-                _forecast(study, results),
-                "Errors of predictors of the annealed loss, a dot per real anneal.",
-            ),
-            "hessian.svg": (
-                _hessian(study, results),
-                "Gain over the mean snapshot: measured, and half the trace of H Cov, a dot a seed.",
-            ),
-            "contour.svg": (
-                _contour(study, results),
-                "Loss in the plane of two tensors of the last layer: snapshots (dots), their average (cross).",
-            ),
+        return {
+            f"{name}.svg": (to_svg(draw(study, results), title=name.capitalize(), description=caption), caption)
+            for name, (draw, caption) in drawers.items()
         }
-        for kind, title in (("continued", "Continued training"), ("sft", "SFT")):
-            if finding := next((item for item in findings if item.name == title), None):
-                charts[f"{kind}.svg"] = (_arms(study, results, kind), f"{title}: {finding.text}")
-    return charts
 
 
-def _forks(study: Study, results: Results) -> str:
+def _forks(study: Study, results: Results) -> Figure:
     figure, axes = pyplot.subplots(figsize=(8, 3.8))
     seed = study.config.seeds[0]
     forks = results[f"forks-{seed}"]["forks"]
@@ -71,10 +68,10 @@ def _forks(study: Study, results: Results) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss (nats)")
     axes.legend()
-    return to_svg(figure)
+    return figure
 
 
-def _grid(study: Study, results: Results) -> str:
+def _grid(study: Study, results: Results) -> Figure:
     ends = [study.config.grid.ends[0], study.config.grid.ends[-1]]
     figure, panels = pyplot.subplots(1, len(ends), figsize=(8, 3.2))
     for axes, end in zip(panels, ends, strict=True):
@@ -94,10 +91,10 @@ def _grid(study: Study, results: Results) -> str:
         axes.set_ylabel("N")
         axes.grid(visible=False)
         axes.set_title(f"Step {end:,}", loc="left", fontsize=10)
-    return to_svg(figure)
+    return figure
 
 
-def _span(study: Study, results: Results) -> str:
+def _span(study: Study, results: Results) -> Figure:
     figure, axes = pyplot.subplots(figsize=(8, 3.6))
     for number, end in enumerate(study.config.grid.ends):
         for seed in study.config.seeds:
@@ -117,10 +114,10 @@ def _span(study: Study, results: Results) -> str:
     axes.set_xlabel("span (N-1)V (million tokens)")
     axes.set_ylabel("merged less raw (nats)")
     axes.legend()
-    return to_svg(figure)
+    return figure
 
 
-def _inside(study: Study, results: Results) -> str:
+def _inside(study: Study, results: Results) -> Figure:
     figure, axes = pyplot.subplots(figsize=(8, 3.2))
     for number, seed in enumerate(study.config.seeds):
         points = results[f"inside-{seed}"]["points"]
@@ -135,10 +132,10 @@ def _inside(study: Study, results: Results) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss (nats)")
     axes.legend()
-    return to_svg(figure)
+    return figure
 
 
-def _curves(study: Study, results: Results) -> str:
+def _curves(study: Study, results: Results) -> Figure:
     """Raw, merges by decay curve, and the real anneal, less the latter."""
     figure, axes = pyplot.subplots(figsize=(8, 2.6))
     found = [results[f"curves-{seed}"] for seed in study.config.seeds]
@@ -152,10 +149,10 @@ def _curves(study: Study, results: Results) -> str:
     axes.set_yticks(range(len(names) + 1), ["raw", *(name.removeprefix("wsm:") for name in names)])
     axes.invert_yaxis()
     axes.set_xlabel("loss less that of the real anneal (nats)")
-    return to_svg(figure)
+    return figure
 
 
-def _forecast(study: Study, results: Results) -> str:
+def _forecast(study: Study, results: Results) -> Figure:
     figure, axes = pyplot.subplots(figsize=(8, 3.0))
     names = list(dict.fromkeys(n for seed in study.config.seeds for n in results[f"forecast-{seed}"]["errors"]))
     for row, name in enumerate(names):
@@ -172,10 +169,10 @@ def _forecast(study: Study, results: Results) -> str:
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("predicted less real annealed loss (nats)")
-    return to_svg(figure)
+    return figure
 
 
-def _hessian(study: Study, results: Results) -> str:
+def _hessian(study: Study, results: Results) -> Figure:
     figure, axes = pyplot.subplots(figsize=(4, 3.4))
     found = [results[f"curvature-{seed}"] for seed in study.config.seeds]
     x, y = [item["predicted"] for item in found], [item["measured"] for item in found]
@@ -184,10 +181,10 @@ def _hessian(study: Study, results: Results) -> str:
     axes.plot([0, top], [0, top], ":", color=GREY)
     axes.set_xlabel("half the trace of H Cov (nats)")
     axes.set_ylabel("measured gain (nats)")
-    return to_svg(figure)
+    return figure
 
 
-def _contour(study: Study, results: Results) -> str:
+def _contour(study: Study, results: Results) -> Figure:
     found = results[f"contour-{study.config.seeds[0]}"]
     figure, axes = pyplot.subplots(figsize=(5, 4))
     filled = axes.contourf(*found["ticks"], found["losses"], levels=12, cmap="cividis")
@@ -197,10 +194,10 @@ def _contour(study: Study, results: Results) -> str:
     axes.plot([0], [0], "P", color="white", markeredgecolor="black", markersize=9)
     axes.set_xlabel(f"{found['names'][0].removeprefix('model.')} (standard deviations)", fontsize=8)
     axes.set_ylabel(found["names"][1].removeprefix("model."), fontsize=8)
-    return to_svg(figure)
+    return figure
 
 
-def _arms(study: Study, results: Results, kind: str) -> str:
+def _arms(study: Study, results: Results, *, kind: str) -> Figure:
     """Differences of every pair of arms at start and end, with intervals over seeds."""
     pairs = list(results[f"{kind}-{study.config.seeds[0]}"]["differences"])
     rows = []
@@ -217,7 +214,7 @@ def _arms(study: Study, results: Results, kind: str) -> str:
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("difference in held-out loss (nats), 95 % interval over seeds")
-    return to_svg(figure)
+    return figure
 
 
 def _bar(axes: Axes, y: int, mean: float, low: float | None, high: float | None) -> None:

@@ -54,8 +54,7 @@ def draw(run: RunFolder, config: Config, item: str) -> Evidence | None:
     if what == "forecast":
         return _forecast(run)
     if what == "comparison":
-        comparison = json.loads(run.store.read(f"{COMPARISONS}/{name}.json"))
-        return Evidence(artifacts={"charts/comparison.svg": comparison_chart(comparison)})
+        return _comparison(json.loads(run.store.read(f"{COMPARISONS}/{name}.json")))
     return _ablation(json.loads(run.store.read(f"{ABLATIONS}/{name}.json")), name, config)
 
 
@@ -64,74 +63,20 @@ def ablation_keys(store: Store) -> list[str]:
     return [key for key in store.keys(ABLATIONS) if key.count("/") == 1 and key.endswith(".json")]
 
 
-def comparison_chart(comparison: Mapping[str, Any]) -> str:
-    """Held-out loss of the arm less that of its control over tokens, a line a seed, with the interval of each point."""
-    from matplotlib import pyplot
-
-    from pipelines.report.drawing import GREY, LAYERS, STYLE, to_svg
-
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(7, 3.6))
-        for number, seed in enumerate(comparison["seeds"]):
-            rows = [row for row in seed["curve"] if row["mean"] is not None]
-            tokens = [row["tokens"] / 1e6 for row in rows]
-            colour = LAYERS[number % len(LAYERS)]
-            axes.plot(
-                tokens, [row["mean"] for row in rows], "-o", color=colour, markersize=3, label=f"seed {seed['seed']}"
-            )
-            known = [row for row in rows if row["low"] is not None and row["high"] is not None]
-            axes.fill_between(
-                [row["tokens"] / 1e6 for row in known],
-                [row["low"] for row in known],
-                [row["high"] for row in known],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
-        axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.set_title("Held-out loss, arm less control (below 0: the arm is better)", loc="left", fontsize=10)
-        axes.set_xlabel("tokens seen (millions)")
-        axes.set_ylabel("difference (nats per token)")
-        axes.legend(loc="best")
-        return to_svg(figure)
-
-
-def span_chart(record: Mapping[str, Any]) -> str:
-    """Held-out loss of every merge of an ablation over its span (N - 1) V, a marker a method."""
-    from matplotlib import pyplot
-
-    from pipelines.report.drawing import LAYERS, STYLE, to_svg
-
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(7, 3.6))
-        groups = dict.fromkeys((cell["method"], cell["alpha"], cell["end_step"]) for cell in record["cells"])
-        for number, group in enumerate(groups):
-            cells = [c for c in record["cells"] if (c["method"], c["alpha"], c["end_step"]) == group]
-            cells = sorted(cells, key=lambda cell: cell["span_tokens"])
-            method, alpha, step = group
-            label = f"{method.upper()}{'' if alpha is None else f' {alpha:g}'}, step {step:,}"
-            axes.plot(
-                [cell["span_tokens"] / 1e6 for cell in cells],
-                [cell["loss"] for cell in cells],
-                linestyle="",
-                marker="osD^vP"[number % 6],
-                color=LAYERS[number % len(LAYERS)],
-                markersize=5,
-                label=label,
-            )
-        axes.set_title("Held-out loss of merges over their span, (N - 1) V", loc="left", fontsize=10)
-        axes.set_xlabel("span (millions of tokens)")
-        axes.set_ylabel("held-out loss (nats per token)")
-        axes.legend(loc="best", fontsize=8)
-        return to_svg(figure)
-
-
 def _held_out(run: RunFolder) -> Evidence | None:
     from pipelines.report.charts import held_out_chart
     from pipelines.report.data import gather
 
     text = held_out_chart(gather(run.url))
     return Evidence(artifacts={"charts/held-out-loss.svg": text}) if text else None
+
+
+def _comparison(comparison: Mapping[str, Any]) -> Evidence | None:
+    from pipelines.report.arms_chart import arms_chart
+
+    if not any(seed["curve"] for seed in comparison["seeds"]):
+        return None
+    return Evidence(artifacts={"charts/comparison.svg": arms_chart(comparison)})
 
 
 def _forecast(run: RunFolder) -> Evidence | None:
@@ -153,9 +98,16 @@ def _forecast(run: RunFolder) -> Evidence | None:
 
 
 def _ablation(record: Mapping[str, Any], name: str, config: Config) -> Evidence:
+    from pipelines.report.drawing import slug
+    from pipelines.report.heat_map import heat_maps
+    from pipelines.report.span_view import span_view
+
     artifacts = {f"ablations/{name}.json": json.dumps(record, indent=1)}
-    if record["cells"]:
-        artifacts[f"charts/ablation-{name}.svg"] = span_chart(record)
+    for title, text in heat_maps(record["cells"], record["ends"]).items():
+        artifacts[f"charts/ablation-{name}/{slug(title)}.svg"] = text
+    for end in record["ends"]:
+        cells = [cell for cell in record["cells"] if cell["end_step"] == end["step"]]
+        artifacts[f"charts/ablation-{name}/span-step-{end['step']:09d}.svg"] = span_view(cells, end)
     losses = {cell["name"]: cell["loss"] for cell in record["cells"]}
     points: list[Point] = []
     for end in record["ends"]:
@@ -167,7 +119,7 @@ def _ablation(record: Mapping[str, Any], name: str, config: Config) -> Evidence:
             "ablation/chosen_count": chosen["count"],
             "ablation/chosen_interval_tokens": chosen["interval_tokens"],
         }
-        points += _points(values, end["step"] * config.training.batch_tokens, float(record.get("time", 0.0)))
+        points += _points(values, end["step"] * config.training.batch_tokens, float(record.get("created", 0.0)))
     return Evidence(artifacts=artifacts, points=points)
 
 

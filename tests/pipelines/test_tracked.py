@@ -16,7 +16,7 @@ from short_run import SMALL, small
 from configs.errors import ConfigError
 from configs.load import config_to_dict, identity_of, load_config, override
 from configs.schema import Config
-from pipelines.tracked.charts import comparison_chart, span_chart
+from pipelines.tracked.charts import draw, pending_charts
 from pipelines.tracked.datasets import RECORD_KEY, find_facts
 from pipelines.tracked.tree import SIBLINGS, TOP, kind_of, name_of, parent_of
 from tasks.checkpoints.run_folder import RunFolder
@@ -40,7 +40,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Config
     evaluate_checkpoints(EvaluationTask(run_url=run.url, config=config_to_dict(config), urls=urls))
     cells = [cell(count, loss) for count, loss in ((2, 3.0), (3, 2.9))]
     end = {
-        "step": 20, "raw_loss": 3.1, "best": "n3", "chosen": "n2", "not_told_apart": ["n2", "n3"], "spans": [],
+        "step": 20, "raw_loss": 3.1, "best": "n3", "chosen": "n2", "not_told_apart": ["n2", "n3"],
+        "spans": [{"span_tokens": 1280, "loss": 3.0, "cells": 1}, {"span_tokens": 2560, "loss": 2.9, "cells": 1}],
         "recommended": {"method": "sma", "count": 2, "interval_tokens": 1280},
     }  # fmt: skip
     record = {"run": run.url, "grid": {}, "cells": cells, "ends": [end], "lacking": []}
@@ -107,8 +108,14 @@ def test_charts_and_ablation_are_artifacts_and_sent_once(tracked: tuple[RunFolde
     client = MlflowClient(tracking_uri=uri)
     cursor = json.loads(run.store.read("tracking/cursor.json"))[uri]
     top = cursor["runs"]["run"]
-    paths = {item.path for folder in ("charts", "ablations") for item in client.list_artifacts(top, folder)}
-    assert paths == {"charts/held-out-loss.svg", "charts/ablation-abc.svg", "ablations/abc.json"}
+    folders = ("charts", "charts/ablation-abc", "ablations")
+    paths = {item.path for folder in folders for item in client.list_artifacts(top, folder) if not item.is_dir}
+    assert paths == {
+        "charts/held-out-loss.svg",
+        "charts/ablation-abc/sma-windows-that-end-at-step-20.svg",
+        "charts/ablation-abc/span-step-000000020.svg",
+        "ablations/abc.json",
+    }
     metrics = client.get_run(top).data.metrics
     assert (metrics["ablation/best_loss"], metrics["ablation/chosen_loss"]) == (2.9, 3.0)
     assert (metrics["ablation/chosen_count"], metrics["ablation/chosen_interval_tokens"]) == (2, 1280)
@@ -134,32 +141,21 @@ def test_description_of_the_run_begins_with_the_answer_and_names_where_things_li
     assert segment["mlflow.note.content"] == "Training from step 0; begun by: start."
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        comparison_chart(
-            {
-                "seeds": [
-                    {
-                        "seed": 1,
-                        "curve": [
-                            {"tokens": 0, "mean": 0.1, "low": 0.0, "high": 0.2},
-                            {"tokens": 10, "mean": None, "low": None, "high": None},
-                            {"tokens": 20, "mean": -0.1, "low": None, "high": None},
-                        ],
-                    }
-                ]
-            }
-        ),
-        span_chart({"cells": [cell(2, 3.0), cell(3, 2.9)]}),
-    ],
-    ids=["comparison", "span"],
-)
-def test_chart_is_one_svg_document_without_scripts_or_links(text: str) -> None:
-    root = ElementTree.fromstring(text)
-    assert root.tag.endswith("svg")
-    assert "<script" not in text
-    assert 'href="http' not in text
+def test_chart_is_one_svg_document_without_scripts_or_links(tracked: tuple[RunFolder, Config, str]) -> None:
+    run, config, _ = tracked
+    for item in pending_charts(run, config, set(), is_branch=False):
+        found = draw(run, config, item)
+        for path, text in (found.artifacts if found else {}).items():
+            if path.endswith(".svg"):
+                assert ElementTree.fromstring(text).tag.endswith("svg"), path
+                assert "<script" not in text and 'href="http' not in text
+
+
+def test_comparison_without_a_curve_has_no_chart(tracked: tuple[RunFolder, Config, str], tmp_path: Path) -> None:
+    _, config, _ = tracked
+    run = RunFolder(str(tmp_path / "stage"))
+    run.store.put("comparisons/none.json", json.dumps({"seeds": [{"seed": 1, "curve": []}], "time": 0.0}).encode())
+    assert draw(run, config, "chart/comparison@none") is None
 
 
 @given(
