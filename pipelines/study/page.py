@@ -18,8 +18,9 @@ import yaml
 from pipelines.render_evidence import PREDICTORS
 from pipelines.steps import StepRecord
 from pipelines.study.charts import draw_charts
-from pipelines.study.findings import MARGIN, margin_of
+from pipelines.study.findings import margin_of
 from pipelines.study.layout import Study
+from pipelines.study.merging_findings import MARGIN
 from pipelines.study.spike_arms import TOLERANCE, table
 from tasks.checkpoints.run_folder import code_version
 from tasks.evaluation.verdicts import Claim, Finding
@@ -106,7 +107,7 @@ def _rules(study: Study, results: Results) -> list[str]:
         "## Rules",
         "",
         (
-            "Stated in `pipelines/study/findings.py`, the same for every study. A claim is **reproduced** if its 95 % interval over seeds (Student's t) lies where "
+            "Stated in `pipelines/study/*_findings.py`, the same for every study. A claim is **reproduced** if its 95 % interval over seeds (Student's t) lies where "
             "the table says, **partly** if the mean does but not the whole interval, **not reproduced** if the mean does not. A finding of several claims is "
             "reproduced or not reproduced if all of them are, else partly."
         ),

@@ -158,7 +158,7 @@ def test_report_names_the_workload_and_no_language_model(made: RunFolder) -> Non
     page = Path(write_report(made.url)).read_text()
     lead = re.search(r'class="lead">([^<]*)<', page)
     assert lead is not None
-    assert lead[1].startswith("examples.qssm.workload:QSSM, 30 steps")
+    assert lead[1].startswith("examples.qssm.workload:QSSM, seed 1.")
 
 
 def test_what_needs_a_language_model_says_so(made: RunFolder, tmp_path: Path) -> None:
