@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from collections import Counter
@@ -185,10 +186,14 @@ def _spikes(study: Study, results: Results) -> list[str]:
     ]
     rows = [row for seed in study.config.seeds for row in results[f"spikes-{seed}"]["cases"]]
     lines += [
-        f"| {row['fault']} | {row['arm']} | {row['recovered']} of {row['runs']} | {row['excess_loss_median']:+.4f} | {row['tokens_in_vain_median']:,.0f} |"
+        f"| {row['fault']} | {row['arm']} | {row['recovered']} of {row['runs']} | {_loss(row['excess_loss_median'])} | {row['tokens_in_vain_median']:,.0f} |"
         for row in table(rows)
     ]
     return [*lines, ""]
+
+
+def _loss(value: float) -> str:
+    return f"{value:+.4f}" if math.isfinite(value) else "gave up"
 
 
 def _how(study: Study, records: Mapping[str, StepRecord]) -> list[str]:
