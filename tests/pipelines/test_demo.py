@@ -107,7 +107,7 @@ def test_run_folder_holds_no_pickle_and_no_leftovers(demo_run: DemoRun) -> None:
 def test_report_is_self_contained_and_says_what_was_found(demo_run: DemoRun) -> None:
     page = Path(demo_run[1]["report"]).read_text()
     assert not re.findall(r'(?:src|href)="https?:', page)
-    assert "<script" not in page
+    assert not re.findall(r"<script[^>]+src", page) and "default-src 'none'" in page
     # Held-out loss, training, router health, a snapshot beside training.
     assert page.count("<svg") == 4
     assert f"{demo_run[1]['annealed_loss']:.4f}" in page
